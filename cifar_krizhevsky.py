@@ -460,9 +460,9 @@ def get_cifar_data_loaders(
         Problem: if the data cannot be had, or val_size leaves no image to train on.
     """
     if dataset_name == "synthetic":
-        (images, labels), test, classes = draw_shapes(20_000, seed=1), draw_shapes(2_000, seed=2), SHAPE_CLASSES
-        mean = (images / 255).mean((0, 2, 3)).tolist()
-        std = (images / 255).std((0, 2, 3)).tolist()
+        (images, labels), test = (draw_shapes(count, seed) for seed, count in enumerate(SYNTHETIC_COUNTS, start=1))
+        classes = SHAPE_CLASSES
+        mean, std = channel_statistics(images)
     else:
         reader, _, mean, std = SOURCES[dataset_name]
         fetch_dataset(dataset_name, Path(data_dir))
@@ -482,6 +482,17 @@ def get_cifar_data_loaders(
     )
     val_loader = CifarLoader(images[held_out], labels[held_out], **evaluation) if val_size else None
     return train_loader, val_loader, CifarLoader(*test, **evaluation)
+
+
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each colour over all pixels of (N, 3, H, W) uint8 images, for values in 0..1."""
+    mean, std = [], []
+    for channel in images.unbind(1):
+        counts = torch.bincount(channel.flatten(), minlength=256).double()
+        value = torch.arange(256, dtype=torch.float64) / 255
+        mean.append(((counts * value).sum() / counts.sum()).item())
+        std.append((counts * (value - mean[-1]) ** 2).sum().div(counts.sum()).sqrt().item())
+    return mean, std
 
 
 def validation_split(labels: Tensor, val_size: int) -> Tensor:
@@ -570,6 +581,7 @@ def download(filename: str, md5: str, size: int, data_dir: Path) -> None:
     )
 
 
+SYNTHETIC_COUNTS = (20_000, 2_000)  # training and test images
 SHAPES = ("disk", "square", "triangle", "ring", "cross")
 SHAPE_CLASSES = [f"{texture} {shape}" for shape in SHAPES for texture in ("striped", "dotted")]
 
@@ -581,6 +593,13 @@ def draw_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     Returns images (count, 3, 32, 32) uint8 and labels (count,) int64, the classes evenly.
     """
     generator = torch.Generator().manual_seed(seed)
+    labels = torch.randperm(count, generator=generator) % len(SHAPE_CLASSES)
+    blocks = labels.split(1000)  # so that the many intermediate pictures stay few
+    return torch.cat([_draw_block(block, generator) for block in blocks]), labels
+
+
+def _draw_block(labels: Tensor, generator: torch.Generator) -> Tensor:
+    count, axis = len(labels), torch.linspace(-1, 1, 32)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(count, *(shape or (1, 1)), generator=generator) * (high - low) + low
@@ -589,10 +608,7 @@ def draw_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
         angle = uniform(-most, most)
         return x * angle.sin() + y * angle.cos(), x * angle.cos() - y * angle.sin()
 
-    labels = torch.randperm(count, generator=generator) % len(SHAPE_CLASSES)
-    axis = torch.linspace(-1, 1, 32)
     y, x = axis.view(32, 1) - uniform(-0.25, 0.25), axis - uniform(-0.25, 0.25)
-
     size = uniform(0.6, 0.8)
     v, u = (distance / size for distance in turned(y, x, 0.3))
     radius, far, near = u.hypot(v), u.abs().maximum(v.abs()), u.abs().minimum(v.abs())
@@ -604,10 +620,9 @@ def draw_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     stripes = (12 * a + uniform(0, 2 * math.pi)).sin()
     marked = torch.where((labels % 2 == 0).view(-1, 1, 1), stripes, stripes * (12 * b).sin()) > 0
 
-    background, dark, light = uniform(0, 0.4, 3), uniform(0, 0.4, 3), uniform(0.6, 1, 3)
-    texture = torch.where(marked[:, None], dark[:, :, None, None], light[:, :, None, None])
-    images = torch.where(inside[:, None], texture, background[:, :, None, None])
-    return (images * 255).to(torch.uint8), labels
+    background, dark, light = (uniform(low, high, 3, 1, 1) for low, high in ((0, 0.4), (0, 0.4), (0.6, 1)))
+    images = torch.where(inside[:, None], torch.where(marked[:, None], dark, light), background)
+    return (images * 255).to(torch.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
