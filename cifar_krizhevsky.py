@@ -31,12 +31,14 @@ Sources
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import errno
 import functools
 import http.client
 import io
+import itertools
 import json
 import math
 import os
@@ -398,11 +400,11 @@ class CifarLoader:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.images, self.labels = images.to(device), labels.to(device)
-        self.classes, self.mean, self.std = list(classes), tuple(mean), tuple(std)
+        self.labels, self.classes, self.mean, self.std = labels.to(device), list(classes), tuple(mean), tuple(std)
         self.batch_size, self.augment, self.seed, self.epoch = batch_size, augment, seed, 1
         # (N, 3, 9, 9, 32, 32): every crop of every padded image, as a view that takes no memory of its own
-        self._crops = F.pad(self.images, (PAD,) * 4).unfold(2, 32, 1).unfold(3, 32, 1)
+        self._crops = F.pad(images.to(device), (PAD,) * 4).unfold(2, 32, 1).unfold(3, 32, 1)
+        self.images = self._crops[:, :, PAD, PAD]
         self._shift = 255 * torch.tensor(self.mean, device=device).view(3, 1, 1)
         self._scale = 1 / (255 * torch.tensor(self.std, device=device).view(3, 1, 1))
 
@@ -522,22 +524,23 @@ def fetch_dataset(name: str, data_dir: Path) -> None:
     def wrong() -> list[str]:
         return [file for file, md5 in files.items() if not intact(str(folder / file), md5)]
 
-    if not (damaged := [file for file in wrong() if (folder / file).exists()]) and not wrong():
+    if not (bad := wrong()):
         return
-    for file in damaged:
-        print(f"{folder / file}: damaged, its MD5 sum is not the official one")
     archive = data_dir / reader.filename
-    if archive.exists() and not intact(str(archive), reader.tgz_md5):
-        print(f"{archive}: damaged, its MD5 sum is not the official one")
-    if not intact(str(archive), reader.tgz_md5):
-        print(f"downloading {reader.filename} ({archive_bytes / 1e6:.0f} MB) to {data_dir}", flush=True)
-        data_dir.mkdir(parents=True, exist_ok=True)
-        download(reader.filename, reader.tgz_md5, archive_bytes, data_dir)
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".extracting-") as scratch:
-        torchvision.datasets.utils.extract_archive(str(archive), scratch)
-        folder.mkdir(exist_ok=True)
-        for file in files:
-            os.replace(Path(scratch) / reader.base_folder / file, folder / file)
+    have_archive = intact(str(archive), reader.tgz_md5)
+    damaged = [folder / file for file in bad if (folder / file).exists()]
+    for path in damaged + [archive] * (archive.exists() and not have_archive):
+        print(f"{path}: damaged, its MD5 sum is not the official one")
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with locked(data_dir):
+        if not have_archive:
+            print(f"downloading {reader.filename} ({archive_bytes / 1e6:.0f} MB) to {data_dir}", flush=True)
+            download(reader.filename, reader.tgz_md5, archive_bytes, data_dir)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".extracting-") as scratch:
+            torchvision.datasets.utils.extract_archive(str(archive), scratch)
+            folder.mkdir(exist_ok=True)
+            for file in files:
+                os.replace(Path(scratch) / reader.base_folder / file, folder / file)
     if wrong():
         raise Problem(f"{archive} holds other files than the official ones: delete it and run again")
 
@@ -708,7 +711,7 @@ class CapturedStep:
         torch.cuda.current_stream(images.device).wait_stream(side_stream)
         optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side_stream):
             result = train_step(model, images, labels, criterion, optimizer, precision)
         with torch.no_grad():
             for tensor, value in zip(state, before):
@@ -858,14 +861,12 @@ def describe_hardware(device: torch.device, precision: str, fused: bool) -> dict
     processor = platform.processor() or platform.machine()
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists() and (
-        found := re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    ):
-        processor = found[1]
+    elif (cpu_info := Path("/proc/cpuinfo")).exists():
+        processor = "".join(re.findall(r"model name\s*:\s*(.+)", cpu_info.read_text())[:1]) or processor
     return {
         "processor": processor,
         "threads": torch.get_num_threads(),
-        "torch_version": str(torch.__version__),
+        "torch_version": str(torch.__version__),  # a subclass of str, which weights_only does not load
         "precision_used": precision,
         "compiled": fused,
         "device_used": device.type,
@@ -942,7 +943,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this process. The system lets go of the lock when the process ends, however it does."""
-    with open(folder / "run.lock", "a+b") as file:
+    with open(folder / ".lock", "a+b") as file:
         try:
             if os.name == "nt":
                 import msvcrt
@@ -1095,7 +1096,7 @@ def plot_predictions(loader: CifarLoader, log_probabilities: Tensor, title: str)
     for axes in figure.subplots(rows, 8, squeeze=False).flat:
         axes.axis("off")
     for i, axes in enumerate(figure.axes[:count]):
-        guess, truth = loader.classes[predicted[i]], loader.classes[loader.labels[i]]
+        guess, truth = (loader.classes[label].replace("_", " ") for label in (predicted[i], loader.labels[i]))
         axes.imshow(loader.images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         text, color = f"{guess}\n{confidence[i]:.0%}", "black"
         if guess != truth:
@@ -1106,28 +1107,21 @@ def plot_predictions(loader: CifarLoader, log_probabilities: Tensor, title: str)
 
 def plot_confusion_matrix(labels: Tensor, predicted: Tensor, classes: list[str], title: str) -> Any:
     """Per cent of each true class (row) that is predicted as each class (column); up to 20 classes with the figures."""
-    count = len(classes)
+    count, few = len(classes), len(classes) <= 20
     matrix = torch.zeros(count, count).index_put_((labels, predicted), torch.tensor(1.0), accumulate=True)
     matrix = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    few = count <= 20
+    # of a hundred classes one would see the diagonal only, were the colours not spread over the mistakes
+    top = 100 if few else max(10.0, float((matrix - matrix.diag().diag()).max()))
     figure = new_figure(*((7.5, 6.5) if few else (15, 14)))
     axes = figure.subplots()
-    # mistakes are few: without this bound the diagonal would be all that one sees of a hundred classes
-    top = 100 if few else max(10.0, float((matrix - matrix.diag().diag()).max()))
     image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=top)
     figure.colorbar(image, shrink=0.7, label="% of the true class", extend="neither" if few else "max")
-    ticks = range(count)
-    axes.set_xticks(
-        ticks, classes, rotation=45 if few else 90, ha="right" if few else "center", fontsize=9 if few else 6
-    )
-    axes.set_yticks(ticks, classes, fontsize=9 if few else 6)
-    if few:
-        for i in ticks:
-            for j in ticks:
-                text = f"{matrix[i, j]:.1f}" if matrix[i, j] else "0"
-                axes.text(
-                    j, i, text, ha="center", va="center", fontsize=8, color="white" if matrix[i, j] > 50 else "black"
-                )
+    names, size = [name.replace("_", " ") for name in classes], 9 if few else 6
+    axes.set_xticks(range(count), names, rotation=45 if few else 90, ha="right" if few else "center", fontsize=size)
+    axes.set_yticks(range(count), names, fontsize=size)
+    for i, j in itertools.product(range(count), repeat=2) if few else ():
+        color = "white" if matrix[i, j] > 50 else "black"
+        axes.text(j, i, f"{matrix[i, j]:.1f}", ha="center", va="center", fontsize=8, color=color)
     axes.set(xlabel="predicted class", ylabel="true class", title=f"{title}: confusion matrix")
     return figure
 
@@ -1207,9 +1201,10 @@ def read_picture(path: Path) -> Tensor:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as picture:
             picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith(("I", "F")):  # 16 or 32 bits of grey
+            if picture.mode.startswith(("I", "F")):  # more than 8 bits of grey
                 grey = np.asarray(picture, np.float32)
-                picture = Image.fromarray((grey * (255 / max(float(grey.max()), 255.0))).clip(0, 255).astype(np.uint8))
+                grey = grey / 257 if grey.max() > 255 else grey  # 65,535 becomes 255
+                picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
             if "transparency" in picture.info or picture.mode in ("LA", "PA", "RGBA", "RGBa", "La"):
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -1379,8 +1374,7 @@ def train(run: Run) -> None:
 def test(run: Run) -> dict[str, Any]:
     """Evaluate the best and the last epoch, this once, on the test set; write summary.json and the pictures."""
     config, best_row = run.config, run.history[run.best_epoch - 1]
-    best_model = build_model(config.model, len(run.train_loader.classes), config.norm)
-    best_model.to(run.device, memory_format=torch.channels_last)
+    best_model = copy.deepcopy(run.model)
     load_weights(best_model, run.best_weights, run.folder / "last.pt")
     summary = asdict(config) | run.hardware | {
         "milestones": drop_epochs(config),
@@ -1560,18 +1554,19 @@ def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
         raise Problem(f"--resume {config.resume}: no such file", 2)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        own = (
-            config.resume is not None and Path(config.resume or folder / "last.pt").resolve().parent == folder.resolve()
-        )
+        last_file = folder / "last.pt"
+        own = config.resume is not None and Path(config.resume or last_file).resolve() == last_file.resolve()
         if not own and not config.overwrite and any((folder / name).exists() for name in RUN_FILES):
             ways = "--resume goes on with it, --overwrite replaces it, --output-dir takes another folder"
             raise Problem(f"{folder} holds a run already: {ways}", 2)
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
         try:
             return train_and_test(config, given)
         except (Stopped, KeyboardInterrupt) as stop:
             show_progress("")
-            if (folder / "last.pt").exists():
-                print(f"stopped; {folder / 'last.pt'} holds the finished epochs. To go on:")
+            if last_file.exists():
+                print(f"stopped; {last_file} holds the finished epochs. To go on:")
                 print(f"  {resume_command(config, folder)}", flush=True)
             raise stop from None
 
@@ -1687,7 +1682,7 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stop:
         return stop.exit_code
     except KeyboardInterrupt:
-        return 130
+        message, code = "stopped", 130
     except OSError as error:
         message, code = f"{error.filename or 'system'}: {error.strerror or error}", 1
     except (RuntimeError, MemoryError) as error:
