@@ -1,0 +1,805 @@
+"""Whatever goes wrong gets one line that names it, and nothing that was there before is lost."""
+
+import contextlib
+import errno
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import socket
+import tarfile
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import SMALL_RUN, one_line_error, run
+from PIL import Image
+from torch import nn
+
+RUN = ["--dataset", "synthetic", "--val-size", "20", "--batch-size", "24", "--compile", "off", "--epochs", "2"]
+
+
+class TinyNet(nn.Module):
+    """Stands in for the network where only files and flags matter: its checkpoints have a few kilobytes."""
+
+    def __init__(self, num_classes: int = 10, *_: object, **__: object) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 5, stride=4)
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv1(x).relu().mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def tiny(ck):
+    """The script with that network, a data set of 68 drawn images, and no pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ck, "MODELS", {**ck.MODELS, "krizhevsky": TinyNet})
+        patch.setattr(ck, "SYNTHETIC_COUNTS", (68, 10))
+        patch.setattr(ck, "real_save_pictures", ck.save_pictures, raising=False)
+        patch.setattr(ck, "save_pictures", lambda *_: [])
+        yield ck
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """The folder of a finished run; for tests that only read it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert tiny.main([*RUN, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def fails(tiny, capsys):
+    """Call the command line, which must fail with this exit code and one line; returns the line."""
+
+    def call(*arguments: object, code: int) -> str:
+        capsys.readouterr()
+        assert tiny.main([str(argument) for argument in arguments]) == code
+        err = capsys.readouterr().err
+        assert err.startswith("error: "), err
+        assert err.count("\n") == 1, err
+        return err
+
+    return call
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30), "red").save(path)
+    return path
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def size_limit(limit: int):
+    """For a while this process cannot write files beyond this size: a write that fails half way, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def failing(function: str, number: int):
+    """A function of `os` that fails as the system call does."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, function, fail)
+        yield
+
+
+WRITE_FAULTS = {
+    "full in the middle": lambda: size_limit(5000),
+    "full at the end": lambda: failing("fsync", errno.ENOSPC),
+    "cannot be replaced": lambda: failing("replace", errno.EACCES),
+}
+
+
+@pytest.mark.parametrize("fault", WRITE_FAULTS)
+def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_else(fault, ck, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with WRITE_FAULTS[fault](), pytest.raises(ck.Problem, match="cannot write .*file.*unharmed"):
+        ck.write_atomically(path, bytes(10_000))
+    assert files_in(tmp_path) == {"file": b"old"}
+
+
+def test_a_write_that_succeeds_is_synced_before_it_takes_the_name(ck, tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, call=call: done.append(name) or call(*a))
+    ck.write_atomically(tmp_path / "file", b"new")
+    assert done[:2] == ["fsync", "replace"]
+    assert files_in(tmp_path) == {"file": b"new"}
+
+
+@pytest.mark.parametrize("fault", WRITE_FAULTS)
+def test_a_run_that_can_write_no_more_keeps_its_last_good_checkpoint(fault, tiny, fails, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    before = files_in(tmp_path / "run")
+    longer = ["--resume", tmp_path / "run" / "last.pt", "--epochs", 4, "--milestones", 1, 2]
+    with WRITE_FAULTS[fault]():
+        assert str(tmp_path / "run" / "last.pt") in fails(*longer, code=1)
+    assert files_in(tmp_path / "run") == before
+    assert tiny.main(list(map(str, longer))) == 0  # once there is room again
+
+
+def test_a_folder_that_cannot_be_made_is_named(fails, tmp_path):
+    (tmp_path / "file").write_bytes(b"not a folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert str(folder) in fails(*RUN, "--output-dir", folder, code=1)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_named(fails, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    before = files_in(tmp_path / "run")
+    (tmp_path / "run").chmod(0o500)
+    try:
+        assert str(tmp_path / "run") in fails(*RUN, "--output-dir", tmp_path / "run", "--overwrite", code=1)
+    finally:
+        (tmp_path / "run").chmod(0o700)
+    assert files_in(tmp_path / "run") == before
+
+
+def test_overwrite_destroys_nothing_if_the_new_run_cannot_even_start(fails, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    before = files_in(tmp_path / "run")
+    fails(*RUN, "--output-dir", tmp_path / "run", "--overwrite", "--val-size", 68, code=2)
+    assert files_in(tmp_path / "run") == before
+
+
+def test_a_failing_picture_is_named_and_loses_nothing(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiny, "save_pictures", tiny.real_save_pictures)
+    for plot in ("plot_results", "plot_predictions", "plot_confusion_matrix"):
+        monkeypatch.setattr(tiny, plot, lambda *_: 1 / 0)
+    assert tiny.main([*RUN, "--output-dir", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    for name in ("curves.png", "predictions.png", "confusion.png"):
+        assert f"note: no {name} (ZeroDivisionError" in out
+    assert (tmp_path / "run" / "filters.png").exists()
+    assert "test_error" in json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def test_without_matplotlib_a_run_still_reports_its_error(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('broken')")
+    result = run(*SMALL_RUN, "--epochs", 1, "--output-dir", "run", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    assert "note: no curves.png (ImportError: broken)" in result.stdout
+    assert "test_error" in json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A loss that is not finite
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def diverge(tiny, fails, folder: Path, *flags: object) -> str:
+    """A first good epoch, then a second at a learning rate beyond all bounds; returns the message."""
+    common = [*RUN, "--output-dir", folder, "--milestones", 1, *flags]
+    message = fails(*common, "--gamma", 1e38, code=1)
+    last = tiny.load_checkpoint(folder / "last.pt", tiny.RUN_FORMAT)
+    assert last["epoch"] == 1
+    assert all(weight.isfinite().all() for weight in last["model"].values())
+    assert str(folder / "last.pt") in message
+    assert "--lr" in message
+    return message
+
+
+def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_last_good_checkpoint(tiny, fails, tmp_path):
+    message = diverge(tiny, fails, tmp_path / "run")
+    assert "epoch 2" in message
+    assert "step 2" in message
+    assert "learning rate 1e+36" in message
+
+
+@pytest.mark.parametrize("val_size", [20, 0])
+def test_weights_that_overflow_in_the_last_step_of_an_epoch_are_not_saved(val_size, tiny, fails, tmp_path):
+    diverge(tiny, fails, tmp_path / "run", "--batch-size", 100, "--val-size", val_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints from strangers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("it-ran",)
+
+
+def zipped_by_torch(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+NO_CHECKPOINTS = {
+    "empty": b"",
+    "text": b"<html>404 Not Found</html>\n",
+    "noise": random.Random(0).randbytes(5000),
+    "pickle": pickle.dumps({"model": {}}),
+    "malicious pickle": pickle.dumps(Malicious()),
+    "malicious checkpoint": zipped_by_torch({"format": "cifar_krizhevsky run 1", "config": Malicious()}),
+    "a list": zipped_by_torch([1, 2, 3]),
+    "somebody's weights": zipped_by_torch(nn.Linear(3, 4).state_dict()),
+    "somebody's whole network": zipped_by_torch(nn.Linear(3, 4)),
+    "another version": zipped_by_torch({"format": "cifar_krizhevsky run 999"}),
+}
+
+
+@pytest.mark.parametrize("kind", NO_CHECKPOINTS)
+def test_a_file_that_is_no_checkpoint_is_named_and_never_run(kind, fails, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "stranger.pt"
+    path.write_bytes(NO_CHECKPOINTS[kind])
+    assert f"{path} is " in fails("--resume", path, code=1)
+    assert f"{path} is " in fails("--checkpoint", path, "--image", picture, code=1)
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_a_truncated_checkpoint_is_named_at_every_length(name, tiny, trained, tmp_path):
+    content = (trained / name).read_bytes()
+    expected = tiny.RUN_FORMAT if name == "last.pt" else tiny.MODEL_FORMAT
+    for length in range(0, len(content), 97):
+        (tmp_path / name).write_bytes(content[:length])
+        with pytest.raises(tiny.Problem, match=f"{name} is damaged"):
+            tiny.load_checkpoint(tmp_path / name, expected)
+
+
+def test_missing_checkpoints_and_folders_are_named(fails, trained, picture):
+    for path in (trained / "none.pt", trained):
+        assert str(path) in fails("--resume", path, code=2)
+        assert str(path) in fails("--checkpoint", path, "--image", picture, code=1)
+
+
+def test_best_and_last_are_told_apart(fails, trained, picture):
+    assert "resumed from its last.pt" in fails("--resume", trained / "best.pt", "--output-dir", "none", code=1)
+    assert "best.pt" in fails("--checkpoint", trained / "last.pt", "--image", picture, code=1)
+
+
+def changed(path: Path, **changes: object) -> dict:
+    return {**torch.load(path, weights_only=True), **changes}
+
+
+def without(path: Path, key: str) -> dict:
+    return {name: value for name, value in torch.load(path, weights_only=True).items() if name != key}
+
+
+STRANGE_VALUES = [None, 5, "text", [], {}, ["a", "b"], {"a": 1}, torch.zeros(3)]
+
+
+@pytest.mark.parametrize("key", ["config", "hardware", "epoch", "history", "model", "optimizer", "best_epoch"])
+def test_a_last_pt_with_a_strange_or_missing_part_is_named(key, fails, trained, tmp_path):
+    path = tmp_path / "last.pt"
+    torch.save(without(trained / "last.pt", key), path)
+    assert str(path) in fails("--resume", path, code=1)
+    for value in STRANGE_VALUES:
+        if (key, value) not in (("hardware", {}), ("epoch", 5), ("best_epoch", 5)):
+            torch.save(changed(trained / "last.pt", **{key: value}), path)
+            assert str(path) in fails("--resume", path, code=1)
+
+
+@pytest.mark.parametrize("key", ["config", "classes", "model", "mean", "std"])
+def test_a_best_pt_with_a_strange_or_missing_part_is_named(key, fails, trained, picture, tmp_path):
+    path = tmp_path / "best.pt"
+    torch.save(without(trained / "best.pt", key), path)
+    assert str(path) in fails("--checkpoint", path, "--image", picture, code=1)
+    for value in STRANGE_VALUES:
+        if not (key in ("mean", "std") and isinstance(value, torch.Tensor)):
+            torch.save(changed(trained / "best.pt", **{key: value}), path)
+            assert str(path) in fails("--checkpoint", path, "--image", picture, code=1)
+
+
+def test_the_weights_of_another_network_or_class_count_are_named(tiny, fails, trained, picture, tmp_path):
+    for model in (nn.Linear(3, 4), TinyNet(100), tiny.KrizhevskyNet()):
+        weights = model.state_dict()
+        torch.save(changed(trained / "last.pt", model=weights), tmp_path / "last.pt")
+        assert "holds the weights of another network" in fails("--resume", tmp_path / "last.pt", code=1)
+        torch.save(changed(trained / "best.pt", model=weights), tmp_path / "best.pt")
+        used = ["--checkpoint", tmp_path / "best.pt", "--image", picture]
+        assert "holds the weights of another network" in fails(*used, code=1)
+
+
+def test_a_checkpoint_of_another_data_set_is_named(fails, trained):
+    assert "--dataset cifar100 contradicts" in fails("--resume", trained / "last.pt", "--dataset", "cifar100", code=2)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int):
+    """Whatever takes longer hangs, and fails the test."""
+
+    def hangs(*_: object) -> None:
+        pytest.fail(f"still at it after {seconds} s", pytrace=True)
+
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, hangs)
+        signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        if hasattr(signal, "SIGALRM"):
+            signal.alarm(0)
+
+
+def damage(content: bytes, other: bytes, chance: random.Random) -> bytes:
+    """Flip bits, blank or cut out a stretch, cut the end off, or graft a piece of another file in."""
+    damaged, at = bytearray(content), chance.randrange(len(content))
+    end = min(len(content), at + chance.randint(1, 400))
+    kind = chance.choice(["flips", "flip", "blank", "cut", "truncate", "graft"])
+    if kind in ("flips", "flip"):
+        for _ in range(chance.randint(2, 30) if kind == "flips" else 1):
+            damaged[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    elif kind == "blank":
+        damaged[at:end] = bytes(end - at)
+    elif kind == "truncate":
+        del damaged[at:]
+    else:
+        start = chance.randrange(len(other))
+        damaged[at:end] = b"" if kind == "cut" else other[start : start + end - at]
+    return bytes(damaged)
+
+
+def plain(value: object) -> object:
+    """A checkpoint as values that compare."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.tolist()
+    if isinstance(value, dict):
+        return [(key, plain(item)) for key, item in value.items()]
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def test_a_thousand_damaged_checkpoints_are_refused_or_read_as_they_were_written(tiny, trained, tmp_path):
+    chance, refused = random.Random(5), 0
+    kinds = {"last.pt": tiny.RUN_FORMAT, "best.pt": tiny.MODEL_FORMAT}
+    content = {name: (trained / name).read_bytes() for name in kinds}
+    written = {name: plain(torch.load(trained / name, weights_only=True)) for name in kinds}
+    with time_limit(200):
+        for name, other in (("last.pt", "best.pt"), ("best.pt", "last.pt")) * 600:
+            (tmp_path / name).write_bytes(damage(content[name], content[other], chance))
+            try:
+                found = tiny.load_checkpoint(tmp_path / name, kinds[name])
+            except tiny.Problem:
+                refused += 1
+            else:
+                assert plain(found) == written[name]
+    assert refused > 1000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures from strangers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_damaged_pictures_are_read_or_named_one_by_one(tiny, trained, tmp_path, capsys):
+    chance, count = random.Random(6), 0
+    noise = np.random.RandomState(0).randint(0, 256, (24, 30, 3), np.uint8)
+    picture = Image.fromarray(noise).resize((60, 48))
+    originals = {}
+    for suffix, options in {
+        "png": {},
+        "jpg": {},
+        "gif": {"save_all": True, "append_images": [picture.rotate(90)]},
+        "bmp": {},
+        "webp": {},
+        "tif": {"compression": "tiff_lzw"},
+        "tiff": {},
+    }.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix), **options)
+        originals[suffix] = buffer.getvalue()
+    for suffix, content in originals.items():
+        for number in range(150):
+            count += 1
+            other = originals[chance.choice(list(originals))]
+            (tmp_path / f"{number:03}.{suffix}").write_bytes(damage(content, other, chance))
+    command = ["--checkpoint", str(trained / "best.pt"), "--image-dir", str(tmp_path), "--device", "cpu"]
+    with time_limit(200), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert tiny.main(command) == 1  # some could not be read
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) + len(err.splitlines()) == count
+    assert len(out.splitlines()) > 100
+    assert all(line.startswith(f"error: cannot read {tmp_path}") for line in err.splitlines())
+    assert [str(warning.message) for warning in warned] == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class FakeData:
+    """A data set in CIFAR-10's format, of 50 training and 20 test images: its reader, files and archive."""
+
+    def __init__(self) -> None:
+        chance = np.random.RandomState(3)
+        self.files = {"batches.meta": pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})}
+        for name, count in (("data_batch_1", 50), ("test_batch", 20)):
+            images = chance.randint(0, 256, (count, 3072), np.uint8)
+            self.files[name] = pickle.dumps({"data": images, "labels": [i % 10 for i in range(count)]})
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+            for name, content in self.files.items():
+                entry = tarfile.TarInfo(f"fake-batches/{name}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+        self.archive = buffer.getvalue()
+        self.md5 = hashlib.md5(self.archive).hexdigest()
+        sums = {name: hashlib.md5(content).hexdigest() for name, content in self.files.items()}
+
+        class FakeReader(torchvision.datasets.CIFAR10):
+            base_folder, filename, tgz_md5 = "fake-batches", "fake.tar.gz", self.md5
+            train_list = (("data_batch_1", sums["data_batch_1"]),)
+            test_list = (("test_batch", sums["test_batch"]),)
+            meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}  # noqa: RUF012
+
+        self.reader = FakeReader
+
+
+@pytest.fixture(scope="module")
+def fake():
+    return FakeData()
+
+
+class Misbehaving(http.server.BaseHTTPRequestHandler):
+    """Serves the fake archive, well or badly, by the first word of the path."""
+
+    def do_GET(self) -> None:
+        with contextlib.suppress(OSError):  # the script hangs up on most of these
+            getattr(self, self.path.split("/")[1])(self.server.content)
+
+    def good(self, content: bytes, code: int = 200, announced: int | None = None) -> None:
+        self.send_response(code)
+        if announced != 0:
+            self.send_header("Content-Length", str(announced or len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def html(self, _: bytes) -> None:
+        self.good(b"<html>please log in</html>")
+
+    def missing(self, _: bytes) -> None:
+        self.good(b"<html>not found</html>", 404)
+
+    def broken(self, _: bytes) -> None:
+        self.good(b"<html>internal error</html>", 500)
+
+    def altered(self, content: bytes) -> None:
+        self.good(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+
+    def short(self, content: bytes) -> None:
+        self.good(content[: len(content) // 2], announced=len(content))
+
+    def silent(self, _: bytes) -> None:
+        self.server.released.wait()
+
+    def stalls(self, content: bytes) -> None:
+        self.short(content)
+        self.server.released.wait()
+
+    def drips(self, content: bytes) -> None:
+        self.good(b"", announced=len(content))
+        self._drip(content)
+
+    def drips_headers(self, _: bytes) -> None:
+        self.send_response(200)
+        self.flush_headers()
+        self._drip(b"x" * 60_000)
+
+    def _drip(self, content: bytes) -> None:
+        for byte in content:
+            self.wfile.write(bytes([byte]))
+            if self.server.released.wait(0.02):
+                break
+
+    def endless(self, content: bytes) -> None:
+        self.good(content, announced=0)
+        while not self.server.released.is_set():
+            self.wfile.write(bytes(1 << 16))
+
+    def nonsense(self, _: bytes) -> None:
+        self.wfile.write(b"\x00\xff 42\r\n\r\n")
+
+    def redirects(self, _: bytes, to: str = "/good/fake.tar.gz") -> None:
+        self.send_response(302)
+        self.send_header("Location", to)
+        self.end_headers()
+
+    def circles(self, _: bytes) -> None:
+        self.redirects(_, self.path)
+
+    def misleads(self, _: bytes) -> None:
+        self.redirects(_, "http://[::1/fake.tar.gz")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server(fake):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving)
+    server.daemon_threads, server.content, server.released = True, fake.archive, threading.Event()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield server
+    server.released.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def data(ck, fake, server, tmp_path, monkeypatch):
+    """An empty folder for the fake data set, whose mirrors are that server's good one and no other."""
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    source = ck.SOURCES["cifar10"]._replace(reader=fake.reader, archive_bytes=len(fake.archive))
+    monkeypatch.setattr(ck, "SOURCES", {"cifar10": source})
+    monkeypatch.setattr(ck, "DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(ck, "DOWNLOAD_RATE", 100e3)
+    use_mirrors(ck, server, monkeypatch, "good")
+    return tmp_path / "data"
+
+
+def use_mirrors(ck, server, monkeypatch, *words: str) -> None:
+    """Mirrors that behave as these words say; "refuses" is a port where nobody listens."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        ports = {word: nobody.getsockname()[1] if word == "refuses" else server.server_port for word in words}
+    mirrors = tuple(f"http://127.0.0.1:{ports[word]}/{word}/{{filename}}" for word in words)
+    monkeypatch.setattr(ck, "MIRRORS", mirrors)
+
+
+def unpack(fake: FakeData, data: Path) -> Path:
+    """Put the batch files there, without the archive; returns their folder."""
+    folder = data / "fake-batches"
+    folder.mkdir(parents=True)
+    for name, content in fake.files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def load(ck, data: Path) -> int:
+    """Load the data set; returns its number of training images."""
+    return len(ck.get_cifar_data_loaders(data_dir=data, val_size=10)[0].labels)
+
+
+def assert_all_there(fake: FakeData, data: Path) -> None:
+    """The files and the archive, and nothing else but a lock."""
+    found = {name: content for name, content in files_in(data).items() if not name.endswith("lock")}
+    assert found == {f"fake-batches/{name}": content for name, content in fake.files.items()} | {
+        "fake.tar.gz": fake.archive
+    }
+
+
+MISBEHAVIOURS = ["html", "missing", "broken", "altered", "short", "silent", "stalls", "drips", "drips_headers"]
+MISBEHAVIOURS += ["endless", "nonsense", "circles", "misleads", "refuses"]
+
+
+@pytest.mark.parametrize("word", MISBEHAVIOURS)
+def test_where_a_mirror_misbehaves_the_next_one_is_taken(word, ck, fake, server, data, monkeypatch):
+    use_mirrors(ck, server, monkeypatch, word, "good")
+    with time_limit(60):
+        assert load(ck, data) == 40
+    assert_all_there(fake, data)
+
+
+def test_a_mirror_that_redirects_is_followed(ck, fake, server, data, monkeypatch):
+    use_mirrors(ck, server, monkeypatch, "redirects")
+    assert load(ck, data) == 40
+    assert_all_there(fake, data)
+
+
+def test_without_a_mirror_that_works_the_message_says_what_to_fetch_and_where_to_put_it(
+    ck, fake, server, data, monkeypatch, fails
+):
+    use_mirrors(ck, server, monkeypatch, "refuses", "html", "missing", "silent")
+    message = fails("--data-dir", data, "--output-dir", data.parent / "run", "--val-size", 10, code=1)
+    for part in ("fake.tar.gz", f"{len(fake.archive):,} bytes", fake.md5, str(data), "--dataset synthetic"):
+        assert part in message
+    for reason in ("refused", "not the official file", "404", "timed out"):
+        assert reason in message
+    assert not list(data.glob("fake*"))
+
+
+def test_an_interrupted_download_leaves_nothing_that_a_new_start_would_trust(ck, fake, data, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ck, "show_progress", interrupt)
+        load(ck, data)
+    assert not (data / "fake.tar.gz").exists()
+    (data / "fake.tar.gz.part").write_bytes(fake.archive[:1000])  # what a killed one leaves
+    assert load(ck, data) == 40
+    assert_all_there(fake, data)
+
+
+def test_a_full_disk_ends_a_download_with_the_name_of_the_file(ck, server, data, monkeypatch):
+    use_mirrors(ck, server, monkeypatch, "good", "good")
+    with size_limit(50_000), pytest.raises(ck.Problem, match="fake.tar.gz"):
+        load(ck, data)
+    assert not list(data.glob("fake*"))
+    assert load(ck, data) == 40
+
+
+@pytest.mark.parametrize("file", ["data_batch_1", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("fault", ["altered", "truncated", "missing"])
+def test_a_damaged_or_missing_file_is_had_again_from_the_archive(file, fault, ck, fake, server, data, monkeypatch):
+    load(ck, data)
+    path = data / "fake-batches" / file
+    if fault == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-9] if fault == "truncated" else path.read_bytes()[:-1] + b"?")
+    use_mirrors(ck, server, monkeypatch, "refuses")
+    assert load(ck, data) == 40
+    assert_all_there(fake, data)
+
+
+def test_a_damaged_file_without_archive_or_network_is_named_and_not_used(
+    ck, fake, server, data, monkeypatch, fails, capsys
+):
+    path = unpack(fake, data) / "data_batch_1"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    use_mirrors(ck, server, monkeypatch, "refuses")
+    with pytest.raises(ck.Problem, match=r"fake\.tar\.gz"):
+        load(ck, data)
+    assert f"{path}: damaged" in capsys.readouterr().out
+    fails("--data-dir", data, "--output-dir", data.parent / "run", "--val-size", 10, code=1)
+
+
+def test_an_extraction_that_was_interrupted_is_completed(ck, fake, server, data, monkeypatch):
+    unpack(fake, data)
+    (data / "fake-batches" / "test_batch").unlink()
+    (data / "fake.tar.gz").write_bytes(fake.archive)
+    use_mirrors(ck, server, monkeypatch, "refuses")
+    assert load(ck, data) == 40
+    assert_all_there(fake, data)
+
+
+def test_a_truncated_archive_is_downloaded_again(ck, fake, data, capsys):
+    data.mkdir()
+    (data / "fake.tar.gz").write_bytes(fake.archive[:-100])
+    assert load(ck, data) == 40
+    assert f"{data / 'fake.tar.gz'}: damaged" in capsys.readouterr().out
+    assert_all_there(fake, data)
+
+
+def test_files_that_are_there_are_used_as_they_are_without_network_or_archive(ck, fake, server, data, monkeypatch):
+    unpack(fake, data)
+    use_mirrors(ck, server, monkeypatch)
+    before = files_in(data)
+    assert load(ck, data) == 40
+    assert files_in(data) == before
+
+
+def test_a_data_folder_that_cannot_be_made_is_named(data, fails, tmp_path):
+    (tmp_path / "file").write_bytes(b"not a folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "data"):
+        assert str(folder) in fails("--data-dir", folder, "--output-dir", tmp_path / "run", code=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags
+# ----------------------------------------------------------------------------------------------------------------------
+
+WRONG_FLAGS = [
+    "--dataset mnist",
+    "--model resnet",
+    "--norm batch",
+    "--select error",
+    "--precision fp8",
+    "--compile maybe",
+    "--val-size -1",
+    "--val-size 5.5",
+    "--val-size 68",
+    "--val-size 1000000",
+    "--epochs 0",
+    "--epochs -1",
+    "--epochs two",
+    "--epochs 1.5",
+    f"--epochs {10**400}",
+    "--batch-size 0",
+    "--batch-size -128",
+    "--batch-size x",
+    f"--batch-size {10**30}",
+    "--lr 0",
+    "--lr -0.1",
+    "--lr nan",
+    "--lr inf",
+    "--lr fast",
+    "--momentum 1",
+    "--momentum -0.1",
+    "--momentum nan",
+    "--weight-decay -1",
+    "--weight-decay inf",
+    "--gamma 0",
+    "--gamma -1",
+    "--gamma nan",
+    "--milestones 0",
+    "--milestones 10 -1",
+    "--milestones 1.5",
+    "--milestones",
+    "--seed -1",
+    "--seed 0.5",
+    "--seeds 0",
+    "--seeds -2",
+    "--device gpu",
+    "--device cuda:7",
+    "--device cuda:x",
+    "--device cuda:-1",
+    "--device mps:9",
+    "--device meta",
+    "--device hpu",
+    "--device xpu:0",
+    "--device privateuseone",
+    "--resume none/last.pt",
+    "--resume --overwrite",
+    "--seeds 2 --seed 1",
+    "--seeds 2 --overwrite",
+    "--seeds 2 --resume none/last.pt",
+    "--image picture.png",
+    "--image-dir pictures",
+    "--checkpoint best.pt",
+    "--no-such-flag",
+    "--no_such_flag 1",
+    "--learning-rate 0.1",
+    "--ep 2",
+    "file.png",
+]
+
+
+@pytest.mark.parametrize("flags", WRONG_FLAGS)
+def test_a_wrong_flag_is_named_and_starts_nothing(flags, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = fails(*RUN, *flags.split(), code=2)
+    assert flags.split()[0] in message
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_wrong_flag_ends_the_process_with_code_2_and_one_line(tmp_path):
+    result = run("--lr", "-1", cwd=tmp_path, small=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert one_line_error(result) + "\n" == result.stderr
+
+
+def test_a_milestone_past_the_last_epoch_is_a_note_and_no_error(tiny, tmp_path, capsys):
+    assert tiny.main([*RUN, "--milestones", "1", "50", "--output-dir", str(tmp_path / "run")]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "note: milestone 50 is not reached within 2 epochs" in out
+
+
+def test_a_validation_size_that_leaves_a_single_image_is_enough(tiny, tmp_path):
+    assert tiny.main([*RUN, "--val-size", "67", "--output-dir", str(tmp_path / "run")]) == 0

@@ -1,0 +1,254 @@
+"""The local response normalisation and the network."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+LAYERS = {  # output of each layer for one image, as the docstring of KrizhevskyNet has it
+    "conv1": (96, 32, 32),
+    "pool1": (96, 15, 15),
+    "conv2": (96, 15, 15),
+    "pool2": (96, 7, 7),
+    "conv3": (192, 7, 7),
+    "pool3": (192, 3, 3),
+    "fc1": (256,),
+    "fc2": (256,),
+    "fc3": (10,),
+}
+WEIGHTS = {f"{layer}.{kind}" for layer in LAYERS if "pool" not in layer for kind in ("weight", "bias")}
+SHAPES = [(2, 96, 15, 15), (3, 7, 5, 4), (5, 6, 32, 32), (2, 3, 1, 1), (1, 1, 1, 1)]
+
+
+def rand(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
+
+
+def formula(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    """Section 3.3 of the AlexNet paper with alpha / size, channel by channel."""
+    outputs = []
+    for channel in range(x.size(1)):
+        window = x[:, max(0, channel - size // 2) : channel + (size - 1) // 2 + 1]
+        outputs.append(x[:, channel] / (k + alpha / size * window.square().sum(1)) ** beta)
+    return torch.stack(outputs, 1)
+
+
+def with_gradient(function, x: Tensor, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """The output and the gradient of its sum, weighted at random."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = function(x)
+    y.backward(rand(*y.shape, seed=seed, dtype=y.dtype))
+    return y.detach(), x.grad
+
+
+def assert_same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], **tolerance: float) -> None:
+    for a, b in zip(ours, theirs):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Normalisation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 11])
+def test_lrn_and_its_gradient_are_those_of_pytorch(ck, shape, size):
+    constants = {"alpha": 0.3, "beta": 0.75, "k": 1.5}  # a large alpha, so that the denominator matters
+    x = rand(*shape, scale=3)
+    ours = with_gradient(ck.LocalResponseNormalization(size, **constants), x)
+    assert_same(ours, with_gradient(nn.LocalResponseNorm(size, **constants), x), atol=2e-6, rtol=2e-5)
+
+
+def test_lrn_with_the_constants_of_the_network_is_that_of_pytorch(ck):
+    x = rand(2, 96, 9, 9, scale=40)
+    layer = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0)
+    assert_same(with_gradient(ck.LocalResponseNormalization(), x), with_gradient(layer, x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5])
+@pytest.mark.parametrize("beta", [0.75, 0.5, 1.0])
+def test_lrn_is_the_formula_in_float64(ck, size, beta):
+    x, constants = rand(2, 7, 3, 5, scale=4, dtype=torch.float64), (size, 0.2, beta, 2.0)
+    ours = with_gradient(ck.LocalResponseNormalization(*constants), x)
+    assert_same(ours, with_gradient(lambda x: formula(x, *constants), x), atol=1e-13, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 6])
+@pytest.mark.parametrize("channels", [2, 7])
+def test_gradcheck_in_float64(ck, size, channels):
+    layer = ck.LocalResponseNormalization(size, alpha=0.4, beta=0.75, k=1.0)
+    x = rand(2, channels, 2, 3, scale=2, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+def test_bf16_keeps_the_denominator_that_bf16_arithmetic_would_make_a_constant(ck):
+    x = (rand(2, 96, 8, 8).abs() * 1.5 + 5).clamp(max=8).bfloat16()
+    squares = torch.stack([x.square().roll(shift, 1) for shift in range(-2, 3)]).sum(0)
+    in_bf16 = 2 + 1e-4 / 5 * squares
+    assert in_bf16.dtype == torch.bfloat16 and in_bf16.unique().tolist() == [2.0]
+
+    exact = formula(x.double(), 5, 1e-4, 0.75, 2.0)
+    half_a_step = 2.0 ** (exact.abs().log2().floor() - 8)  # bf16 has 8 bits of significand
+    constant = x.double() * 2**-0.75
+    ours, _ = with_gradient(ck.LocalResponseNormalization(), x)
+    assert ((ours.double() - exact).abs() <= 1.001 * half_a_step).all()
+    wrongly_rounded = (constant.bfloat16().double() - exact).abs() > 1.001 * half_a_step
+    assert wrongly_rounded.float().mean() > 0.1
+
+
+@pytest.mark.parametrize("scale", [1, 30, 1000])
+def test_bf16_gives_the_fp32_result_rounded(ck, scale):
+    layer, x = ck.LocalResponseNormalization(), rand(2, 24, 6, 6, scale=scale).bfloat16()
+    output, gradient = with_gradient(layer, x)
+    x = x.float().requires_grad_()
+    exact = layer(x)
+    exact.backward(rand(*x.shape, seed=1).bfloat16().float())
+    torch.testing.assert_close(output.float(), exact, atol=0, rtol=2**-8)
+    torch.testing.assert_close(gradient.float(), x.grad, atol=0.02 * x.grad.std().item(), rtol=2**-7)
+
+
+def test_lrn_under_autocast_is_computed_in_fp32(ck):
+    layer, x = ck.LocalResponseNormalization(), rand(2, 12, 4, 4, scale=30)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), ck.LocalResponseNormalization()(x))
+        assert layer(x).dtype == torch.float32
+        torch.testing.assert_close(layer(x.bfloat16()).float(), layer(x.bfloat16().float()), atol=0, rtol=2**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_equals_eager(ck, dtype):
+    fused, eager = ck.LocalResponseNormalization(), ck.LocalResponseNormalization()
+    try:
+        assert ck.fuse_normalization(fused, "on", torch.device("cpu"), "fp32")
+    except ck.Problem as problem:
+        pytest.skip(str(problem))
+    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.01, "rtol": 2**-7}
+    for batch, memory_format in ((4, torch.channels_last), (4, torch.contiguous_format), (1, torch.channels_last)):
+        x = rand(batch, 12, 6, 6, scale=30, seed=batch, dtype=dtype).contiguous(memory_format=memory_format)
+        assert_same(with_gradient(fused, x), with_gradient(eager, x), **tolerance)
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_memory_layout_does_not_matter(ck, size):
+    layer, x = ck.LocalResponseNormalization(size, alpha=0.3), rand(3, 12, 6, 5)
+    plain = with_gradient(layer, x)
+    assert_same(with_gradient(layer, x.contiguous(memory_format=torch.channels_last)), plain, atol=0, rtol=0)
+    assert_same(with_gradient(layer, x.mT.contiguous().mT), plain, atol=0, rtol=0)
+    strided = torch.stack([x, rand(*x.shape, seed=2)], dim=-1)[..., 0]
+    assert_same(with_gradient(layer, strided), plain, atol=0, rtol=0)
+
+
+def test_lrn_leaves_its_input_as_it_was(ck):
+    x = rand(2, 8, 3, 3)
+    before = x.clone()
+    with_gradient(ck.LocalResponseNormalization(), x)
+    ck.LocalResponseNormalization()(x)
+    assert torch.equal(x, before)
+
+
+def test_lrn_of_no_images_is_no_images(ck):
+    output, gradient = with_gradient(ck.LocalResponseNormalization(), torch.empty(0, 6, 3, 3))
+    assert output.shape == gradient.shape == (0, 6, 3, 3)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 96), (96, 8, 8), (2, 96, 4, 4, 4)], ids=str)
+def test_lrn_names_a_wrong_shape(ck, shape):
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\)") as error:
+        ck.LocalResponseNormalization()(torch.zeros(shape))
+    assert str(shape) in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_lrn_refuses_a_window_of_no_channels(ck, size):
+    with pytest.raises(ValueError, match="size"):
+        ck.LocalResponseNormalization(size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Network
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["lrn", "none"])
+def test_every_layer_has_the_shape_of_the_docstring(ck, norm):
+    model, shapes = ck.KrizhevskyNet(norm=norm), {}
+    for name, layer in model.named_children():
+        layer.register_forward_hook(lambda _, __, output, name=name: shapes.__setitem__(name, tuple(output.shape)))
+    model(torch.zeros(2, 3, 32, 32))
+    assert {name: shapes[name] for name in LAYERS} == {name: (2, *shape) for name, shape in LAYERS.items()}
+    documented = " ".join(ck.KrizhevskyNet.__doc__.split()).replace("( ", "(")
+    for name, shape in LAYERS.items():
+        assert f"(N, {', '.join('num_classes' if name == 'fc3' else str(size) for size in shape)})" in documented
+
+
+def test_every_layer_has_the_constants_of_the_document(ck):
+    model = ck.KrizhevskyNet()
+    for conv in (model.conv1, model.conv2, model.conv3):
+        assert (conv.kernel_size, conv.padding, conv.stride) == ((3, 3), (1, 1), (1, 1))
+    for pool in (model.pool1, model.pool2, model.pool3):
+        assert (pool.kernel_size, pool.stride) == (3, 2)
+    lrn = [layer for layer in model.modules() if isinstance(layer, ck.LocalResponseNormalization)]
+    assert [(layer.size, layer.alpha, layer.beta, layer.k) for layer in lrn] == [(5, 1e-4, 0.75, 2.0)] * 2
+
+
+def test_the_network_is_the_plain_composition_of_its_layers(ck):
+    model, x = ck.KrizhevskyNet(), rand(4, 3, 32, 32, seed=5)
+    lrn = nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0)
+    h = x
+    for conv, norm in ((model.conv1, lrn), (model.conv2, lrn), (model.conv3, nn.Identity())):
+        h = nn.functional.max_pool2d(norm(conv(h).relu()), 3, 2)
+    expected = model.fc3(model.fc2(model.fc1(h.flatten(1)).relu()).relu())
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("classes", "parameters"), [(10, 762_794), (100, 762_794 + 90 * 257)])
+def test_number_of_parameters(ck, classes, parameters):
+    for norm in ("lrn", "none"):
+        assert sum(p.numel() for p in ck.KrizhevskyNet(classes, norm).parameters()) == parameters
+
+
+def test_the_name_in_the_architecture_document_is_an_alias(ck):
+    assert ck.TinyImageNet is ck.KrizhevskyNet
+
+
+def test_norm_none_is_the_same_network_without_normalisation(ck):
+    with_norm, without = ck.build_model("krizhevsky", 10, "lrn"), ck.build_model("krizhevsky", 10, "none")
+    assert not any(isinstance(layer, ck.LocalResponseNormalization) for layer in without.modules())
+    for a, b in zip(with_norm.state_dict().values(), without.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    x = rand(2, 3, 32, 32)
+    assert not torch.allclose(with_norm(x), without(x))
+
+
+def test_state_dict_has_plain_keys(ck):
+    model = ck.build_model("krizhevsky", 10)
+    assert set(model.state_dict()) == WEIGHTS
+    assert set(ck.weights_of(model)) == WEIGHTS
+    for layer in (model.norm1, model.norm2):
+        layer.fuse()
+    assert set(model.state_dict()) == WEIGHTS
+
+
+def test_a_seed_gives_always_the_same_weights_and_another_seed_others(ck):
+    weights = [ck.build_model("krizhevsky", 10, seed=seed).state_dict() for seed in (0, 0, 1)]
+    for name in WEIGHTS:
+        assert torch.equal(weights[0][name], weights[1][name])
+        assert not torch.equal(weights[0][name], weights[2][name])
+
+
+def test_building_a_model_leaves_the_global_random_state_alone(ck):
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    ck.build_model("krizhevsky", 10, seed=3)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+
+def test_the_global_random_state_does_not_change_the_weights(ck):
+    torch.manual_seed(1)
+    first = ck.build_model("krizhevsky", 10)
+    torch.manual_seed(2)
+    assert torch.equal(first.fc1.weight, ck.build_model("krizhevsky", 10).fc1.weight)
