@@ -53,6 +53,7 @@ import threading
 import time
 import urllib.request
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -75,7 +76,7 @@ def flag(default: Any, help: str, **rules: Any) -> Any:
 
     `free=True` marks what a resumed run may change; everything else is part of what the run computes.
     """
-    return field(default=default, metadata={"help": help, **rules})
+    return field(default_factory=lambda: copy.copy(default), metadata={"default": default, "help": help, **rules})
 
 
 @dataclass
@@ -571,10 +572,10 @@ def download(filename: str, md5: str, size: int, data_dir: Path) -> None:
                 os.replace(partial, data_dir / filename)
                 return
             failures.append(f"{url}: not the official file ({received} bytes, wrong MD5 sum)")
-        except (OSError, http.client.HTTPException) as error:  # urllib's errors and time-outs are OSErrors too
+        except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's, and time-outs, are OSErrors too
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
                 raise Problem(f"cannot write {partial}: {error.strerror}") from None
-            failures.append(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}")
+            failures.append(f"{url}: {str(error) or type(error).__name__}")
         finally:
             show_progress("")
             partial.unlink(missing_ok=True)
@@ -673,9 +674,9 @@ def train_one_epoch(
         if device.type == "cpu" and totals[2] < steps:
             break
     loss, correct, finite_steps = totals.tolist()
-    if finite_steps < steps:
-        lr = float(optimizer.param_groups[0]["lr"])
-        raise Problem(f"the loss is not finite at step {finite_steps + 1:.0f}, learning rate {lr:g}: try a lower --lr")
+    if finite_steps < steps or not all(p.isfinite().all() for p in model.parameters()):
+        lr, step_number = float(optimizer.param_groups[0]["lr"]), min(int(finite_steps) + 1, steps)
+        raise Problem(f"the loss is not finite at step {step_number}, learning rate {lr:g}: try a lower --lr")
     return loss / count, 100 * correct / count
 
 
@@ -799,6 +800,8 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -856,6 +859,9 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+HARDWARE = ("processor", "device_used", "threads", "torch_version", "precision_used", "compiled")
+
+
 def describe_hardware(device: torch.device, precision: str, fused: bool) -> dict[str, Any]:
     """What the exact bits of a run depend on besides its hyperparameters."""
     processor = platform.processor() or platform.machine()
@@ -863,14 +869,8 @@ def describe_hardware(device: torch.device, precision: str, fused: bool) -> dict
         processor = torch.cuda.get_device_name(device)
     elif (cpu_info := Path("/proc/cpuinfo")).exists():
         processor = "".join(re.findall(r"model name\s*:\s*(.+)", cpu_info.read_text())[:1]) or processor
-    return {
-        "processor": processor,
-        "threads": torch.get_num_threads(),
-        "torch_version": str(torch.__version__),  # a subclass of str, which weights_only does not load
-        "precision_used": precision,
-        "compiled": fused,
-        "device_used": device.type,
-    }
+    version = str(torch.__version__)  # of a subclass of str, which weights_only does not load
+    return dict(zip(HARDWARE, (processor, device.type, torch.get_num_threads(), version, precision, fused)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -892,7 +892,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise Problem(f"cannot write {path}: {error.strerror}; what was there before is unharmed") from None
+        last = path.with_name("last.pt")
+        kept = f", {last} holds the finished epochs" if last.exists() else ""
+        raise Problem(f"cannot write {path}: {error.strerror}; what was there before is unharmed{kept}") from None
     finally:
         temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # so that the new name too survives a power cut; Windows cannot and need not
@@ -916,12 +918,12 @@ def load_checkpoint(path: Path, expected: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise Problem(f"{path}: no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever a damaged file makes the reader say
-        raise Problem(f"{path} is damaged, or not a checkpoint of this script") from None
+    with nothing_taken_for_granted(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with zipfile.ZipFile(path) as archive:  # as which torch.save writes; its checksums, torch.load does not read
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found == expected:
         return checkpoint
@@ -932,12 +934,18 @@ def load_checkpoint(path: Path, expected: str) -> dict[str, Any]:
     raise Problem(f"{path} is not a checkpoint of this script")
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Raises Problem if the weights are those of another network."""
+@contextlib.contextmanager
+def nothing_taken_for_granted(path: Path) -> Iterator[None]:
+    """Around all that reads a checkpoint: what a strange one makes it raise becomes one line that names the file."""
     try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError):
-        raise Problem(f"{path} holds the weights of another network, or is damaged") from None
+        yield
+    except Problem:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        if "state_dict" in reason:
+            raise Problem(f"{path} holds the weights of another network") from None
+        raise Problem(f"{path} is damaged, or not a checkpoint of this script ({reason})") from None
 
 
 @contextlib.contextmanager
@@ -971,7 +979,13 @@ def agree_with_checkpoint(config: Config, given: set[str], saved: dict[str, Any]
     Raises:
         Problem: for a flag that contradicts, by its name.
     """
+    if "epochs" not in saved:
+        raise ValueError("no configuration")
     saved = Config(**saved)
+    try:
+        check_ranges(saved, set())
+    except Problem as problem:
+        raise ValueError(problem) from None
     milestones, epochs = drop_epochs(saved), config.epochs if "epochs" in given else saved.epochs
     merged = {}
     for option in fields(Config):
@@ -1114,7 +1128,7 @@ def plot_confusion_matrix(labels: Tensor, predicted: Tensor, classes: list[str],
     top = 100 if few else max(10.0, float((matrix - matrix.diag().diag()).max()))
     figure = new_figure(*((7.5, 6.5) if few else (15, 14)))
     axes = figure.subplots()
-    image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=top)
+    image = axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=top)
     figure.colorbar(image, shrink=0.7, label="% of the true class", extend="neither" if few else "max")
     names, size = [name.replace("_", " ") for name in classes], 9 if few else 6
     axes.set_xticks(range(count), names, rotation=45 if few else 90, ha="right" if few else "center", fontsize=size)
@@ -1180,12 +1194,14 @@ def show_pictures(paths: list[Path]) -> None:
 def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a best.pt, ready for use, and the checkpoint with `classes`, `mean`, `std`, `config`, `epoch`."""
     checkpoint = load_checkpoint(path, MODEL_FORMAT)
-    try:
-        config, classes = checkpoint["config"], checkpoint["classes"]
+    with nothing_taken_for_granted(path):
+        config, classes, constants = checkpoint["config"], checkpoint["classes"], checkpoint["mean"] + checkpoint["std"]
+        if len(constants) != 6 or not all(isinstance(value, float) for value in constants):
+            raise ValueError("mean and std are not three numbers each")
+        if not all(isinstance(name, str) for name in classes):
+            raise ValueError("the classes are not names")
         model = build_model(config["model"], len(classes), config["norm"])
-    except (KeyError, TypeError):
-        raise Problem(f"{path} is damaged, or of another version of this script") from None
-    load_weights(model, checkpoint["model"], path)
+        model.load_state_dict(checkpoint["model"])
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
@@ -1198,6 +1214,7 @@ def read_picture(path: Path) -> Tensor:
     from PIL import Image, ImageOps
 
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as picture:
             picture = ImageOps.exif_transpose(picture)
@@ -1236,7 +1253,7 @@ def classify_pictures(config: Config) -> int:
     labels = torch.zeros(len(pictures), dtype=torch.int64)
     statistics_ = (checkpoint["mean"], checkpoint["std"])
     loader = CifarLoader(torch.stack(pictures), labels, classes, *statistics_, EVAL_BATCH_SIZE, device=device)
-    probabilities, ranked = predict(model, loader).exp().sort(1, descending=True, stable=True)
+    probabilities, ranked = predict(model, loader).exp().sort(dim=1, descending=True, stable=True)
     shown = len(classes) if config.show_all_probs else min(3, len(classes))
     width, class_width = max(map(len, names)), max(map(len, classes))
     for name, p, order in zip(names, probabilities.tolist(), ranked.tolist()):
@@ -1270,13 +1287,15 @@ class Run:
     best_weights: dict[str, Tensor] | None = None
 
 
-def prepare(config: Config, saved: dict[str, Any] | None) -> Run:
-    """Everything in place for the first epoch, or for the one after those in a last.pt."""
+def prepare(config: Config, before: dict[str, Any]) -> Run:
+    """Everything in place for the first epoch.
+
+    Args:
+        before: the hardware of the run that is resumed, if one is: what was chosen then is chosen again.
+    """
     device = choose_device(config.device)
-    before = saved["hardware"] if saved else {}  # what was chosen then is chosen again: exact resume depends on it
-    precision = choose_precision(
-        before.get("precision_used", "auto") if config.precision == "auto" else config.precision, device
-    )
+    kept = before.get("precision_used") if config.precision == "auto" else None
+    precision = choose_precision(kept if kept in ("fp32", "bf16") else config.precision, device)
     loaders = get_cifar_data_loaders(
         config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device
     )
@@ -1297,37 +1316,46 @@ def prepare(config: Config, saved: dict[str, Any] | None) -> Run:
     # not optim.MultiStepLR, as the architecture document has it: that does not exist
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, drop_epochs(config), config.gamma)
     run = Run(config, Path(config.output_dir), device, precision, hardware, *loaders, model, optimizer, scheduler, [])
-    if saved:
-        load_weights(model, saved["model"], run.folder / "last.pt")
-        optimizer.load_state_dict(saved["optimizer"])
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(group["lr"], device=device) if device.type == "cuda" else group["lr"]
-        scheduler.load_state_dict({"last_epoch": saved["epoch"]})
-        run.history, run.best_epoch, run.best_weights = saved["history"], saved["best_epoch"], saved["best_model"]
     return run
 
 
-def save_run(run: Run) -> None:
-    """Write last.pt, then the files that follow from it, which a resumed run writes again if it was killed between."""
-    optimizer = run.optimizer.state_dict()
+def restore(run: Run, saved: dict[str, Any]) -> None:
+    """Put a run where a last.pt was."""
+    run.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    for group in run.optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"], device=run.device) if run.device.type == "cuda" else group["lr"]
+        for parameter in group["params"]:
+            run.optimizer.state[parameter]["momentum_buffer"].view_as(parameter)  # of the same shape, or it raises
+    run.scheduler.load_state_dict({"last_epoch": saved["epoch"]})
+    run.history, run.best_epoch, run.best_weights = saved["history"], saved["best_epoch"], saved["best_model"]
+    if not len(run.history) == saved["epoch"] >= run.best_epoch >= min(1, saved["epoch"]):
+        raise ValueError("its epochs do not fit together")
+    for row in run.history:
+        if list(row) != METRICS or not all(isinstance(value, int | float | None) for value in row.values()):
+            raise ValueError("its history has other columns")
+    if run.best_epoch:
+        copy.deepcopy(run.model).load_state_dict(run.best_weights)
+
+
+METRICS = ["epoch", "learning_rate", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
+METRICS += ["images_per_second", "seconds"]
+
+
+def save_run(run: Run, new_best: bool) -> None:
+    """Write last.pt, then best.pt and metrics.csv, which follow from it: a resumed run writes them again."""
+    optimizer, loader = run.optimizer.state_dict(), run.train_loader
     optimizer["param_groups"] = [{**group, "lr": float(group["lr"])} for group in optimizer["param_groups"]]
     last = {"config": asdict(run.config), "hardware": run.hardware, "epoch": len(run.history), "history": run.history}
     last |= {"model": weights_of(run.model), "optimizer": optimizer}
     last |= {"best_epoch": run.best_epoch, "best_model": run.best_weights}
     save_checkpoint(run.folder / "last.pt", {"format": RUN_FORMAT, **last})
-    save_derived(run)
-
-
-def save_derived(run: Run) -> None:
-    """best.pt and metrics.csv."""
-    loader = run.train_loader
-    if run.best_epoch and run.best_epoch == len(run.history):
+    if new_best:
         best = {"model": run.best_weights, "config": asdict(run.config), "classes": loader.classes}
         best |= {"mean": list(loader.mean), "std": list(loader.std), "epoch": run.best_epoch}
         save_checkpoint(run.folder / "best.pt", {"format": MODEL_FORMAT, **best})
     text = io.StringIO()
-    columns = ["epoch", "learning_rate", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
-    writer = csv.DictWriter(text, [*columns, "images_per_second", "seconds"], lineterminator="\n")
+    writer = csv.DictWriter(text, METRICS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(run.history)
     write_atomically(run.folder / "metrics.csv", text.getvalue().encode())
@@ -1350,22 +1378,23 @@ def train(run: Run) -> None:
                 train_loss, train_accuracy = train_one_epoch(
                     run.model, batches, criterion, run.optimizer, run.device, run.precision, step
                 )
+                train_seconds = time.perf_counter() - epoch_started
+                validation = evaluate_model(run.model, run.val_loader, run.precision) if run.val_loader else None
+                if validation and not math.isfinite(validation.loss):
+                    raise Problem(f"the validation loss is not finite, learning rate {lr:g}: try a lower --lr")
             except Problem as problem:
                 raise Problem(f"epoch {epoch}: {problem}; {run.folder / 'last.pt'} holds the epochs before") from None
-            train_seconds = time.perf_counter() - epoch_started
             run.scheduler.step()
 
             row = {"epoch": epoch, "learning_rate": lr, "train_loss": train_loss, "train_accuracy": train_accuracy}
-            row |= {"val_loss": None, "val_accuracy": None}
-            if run.val_loader:
-                validation = evaluate_model(run.model, run.val_loader, run.precision)
-                row |= {"val_loss": validation.loss, "val_accuracy": validation.top1}
+            row["val_loss"] = validation.loss if validation else None
+            row["val_accuracy"] = validation.top1 if validation else None
             row["images_per_second"] = len(run.train_loader.labels) / train_seconds
             row["seconds"] = time.perf_counter() - epoch_started
             run.history.append(row)
             if is_best := not run.best_epoch or better(row, run.history[run.best_epoch - 1], config.select):
                 run.best_epoch, run.best_weights = epoch, weights_of(run.model)
-            save_run(run)
+            save_run(run, is_best)
             left = (config.epochs - epoch) * (time.perf_counter() - started) / (epoch - first_epoch + 1)
             print_epoch(row, config.epochs, left, is_best)
             stop.check()
@@ -1375,7 +1404,7 @@ def test(run: Run) -> dict[str, Any]:
     """Evaluate the best and the last epoch, this once, on the test set; write summary.json and the pictures."""
     config, best_row = run.config, run.history[run.best_epoch - 1]
     best_model = copy.deepcopy(run.model)
-    load_weights(best_model, run.best_weights, run.folder / "last.pt")
+    best_model.load_state_dict(run.best_weights)
     summary = asdict(config) | run.hardware | {
         "milestones": drop_epochs(config),
         "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
@@ -1437,25 +1466,29 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
     last_file = Path(config.resume or folder / "last.pt")
     if config.resume is not None and last_file.exists():
         saved = load_checkpoint(last_file, RUN_FORMAT)
-        config = agree_with_checkpoint(config, given, saved["config"], saved["epoch"], last_file)
+        with nothing_taken_for_granted(last_file):
+            config = agree_with_checkpoint(config, given, saved["config"], saved["epoch"], last_file)
+            before = {key: saved["hardware"][key] for key in HARDWARE}
         done = read_summary(folder) if config.seeds else None
         if done and done["epochs"] == config.epochs == saved["epoch"] and (config.no_test or "test_error" in done):
             print(f"{folder} is finished: taking its figures")
             return done
     elif config.resume is not None:
         print(f"note: nothing to resume in {folder}, starting from the first epoch")
-    run = prepare(config, saved)
+    run = prepare(config, before if saved else {})
     print_run(run)
-    if not saved:
-        for name in (*RUN_FILES, *PICTURES) if config.overwrite else ():
+    if saved:
+        with nothing_taken_for_granted(last_file):
+            restore(run, saved)
+        lr, epochs = float(run.optimizer.param_groups[0]["lr"]), len(run.history)
+        if epochs < config.epochs:
+            print(f"resuming {last_file} at epoch {epochs + 1}, learning rate {lr:g}")
+        else:
+            print(f"{last_file} is finished after {epochs} epochs: evaluating it")
+    elif config.overwrite:
+        for name in (*RUN_FILES, *PICTURES):
             (folder / name).unlink(missing_ok=True)
-        save_run(run)  # so that a run killed in its first epoch can be resumed too
-    elif len(run.history) < config.epochs:
-        lr = float(run.optimizer.param_groups[0]["lr"])
-        print(f"resuming {last_file} at epoch {len(run.history) + 1}, learning rate {lr:g}")
-        save_derived(run)
-    else:
-        print(f"{last_file} is finished after {len(run.history)} epochs: evaluating it")
+    save_run(run, new_best=run.best_epoch > 0)  # so that a run killed in its first epoch can be resumed too
     train(run)
     return test(run)
 
@@ -1555,32 +1588,26 @@ def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         last_file = folder / "last.pt"
-        own = config.resume is not None and Path(config.resume or last_file).resolve() == last_file.resolve()
+        own = last_file.exists() and config.resume is not None
+        own = own and Path(config.resume or last_file).resolve() == last_file.resolve()
         if not own and not config.overwrite and any((folder / name).exists() for name in RUN_FILES):
-            ways = "--resume goes on with it, --overwrite replaces it, --output-dir takes another folder"
+            ways = "--resume goes on with its last.pt, --overwrite replaces it, --output-dir takes another folder"
             raise Problem(f"{folder} holds a run already: {ways}", 2)
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
-        try:
-            return train_and_test(config, given)
-        except (Stopped, KeyboardInterrupt) as stop:
-            show_progress("")
-            if last_file.exists():
-                print(f"stopped; {last_file} holds the finished epochs. To go on:")
-                print(f"  {resume_command(config, folder)}", flush=True)
-            raise stop from None
+        return train_and_test(config, given)
 
 
-def resume_command(config: Config, folder: Path) -> str:
-    """The command that goes on with a run. What it does not say is taken from last.pt."""
-    words = ["python", Path(__file__).name, "--resume", str(folder / "last.pt")]
-    if config.seeds:
-        words = ["python", Path(__file__).name, "--seeds", str(config.seeds)]
-    if config.data_dir != Config.data_dir:
-        words += ["--data-dir", config.data_dir]
-    if config.no_test:
-        words += ["--no-test"]
-    return shlex.join(words)
+def command_to_go_on(config: Config, given: set[str]) -> str:
+    """The command that continues what was stopped: the same flags, and --resume."""
+    words = ["python", Path(__file__).name]
+    for name in [option.name for option in fields(Config) if option.name in given - {"resume", "overwrite"}]:
+        value = getattr(config, name)
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += ["--" + name.replace("_", "-"), *map(str, values)]
+    if config.resume and "output_dir" not in given:
+        words += ["--output-dir", str(Path(config.resume).parent)]
+    return shlex.join(words if config.seeds else [*words, "--resume"])
 
 
 def default_folder(config: Config) -> Path:
@@ -1607,7 +1634,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
         epilog="Flags may be written with - or _. Every default is a line of Config, at the top of the file.",
     )  # fmt: skip
     for option in fields(Config):
-        rules, default = option.metadata, option.default
+        rules, default = option.metadata, option.metadata["default"]
         kinds = [kind for kind in (bool, int, float, str) if re.search(rf"\b{kind.__name__}\b", str(option.type))]
         help_text = rules["help"] + ("" if default is None or default is False else f" (default: {default})")
         settings: dict[str, Any] = {"help": help_text}
@@ -1623,7 +1650,8 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
             settings["const"] = ""
         settings |= {key: rules[key] for key in ("choices", "metavar", "nargs") if key in rules}
         parser.add_argument("--" + option.name.replace("_", "-"), **settings)
-    hyphenated = [re.sub(r"^--\w+", lambda found: found[0].replace("_", "-"), word) for word in argv]
+    known = "|".join(option.name for option in fields(Config))
+    hyphenated = [re.sub(rf"^--({known})(?=$|=)", lambda found: found[0].replace("_", "-"), word) for word in argv]
     given = vars(parser.parse_args(hyphenated))
     config = Config(**given)
     check_ranges(config, set(given))
@@ -1639,6 +1667,10 @@ def check_ranges(config: Config, given: set[str]) -> None:
             raise Problem(f"{name} {value}: must be a finite number", 2)
         if value is None:
             continue
+        if isinstance(value, int) and value > 10**9:
+            raise Problem(
+                f"{name} {value:.1e}: must be at most 1,000,000,000" if value < 1e300 else f"{name}: too large", 2
+            )
         if "choices" in rules and value not in rules["choices"]:
             raise Problem(f"{name} {value}: must be one of {', '.join(rules['choices'])}", 2)
         for rule, fails in (("least", value.__lt__), ("above", value.__le__), ("below", value.__ge__)):
@@ -1672,17 +1704,15 @@ def main(argv: list[str] | None = None) -> int:
         if config.seeds:
             run_seeds(config, given)
             return 0
-        if config.output_dir is None:
-            folder = Path(config.resume).parent if config.resume else default_folder(config)
-            config = replace(config, output_dir=str(folder))
-        run_in_folder(config, given)
+        folder = config.output_dir or (Path(config.resume).parent if config.resume else default_folder(config))
+        run_in_folder(replace(config, output_dir=str(folder)), given)
         return 0
     except Problem as problem:
         message, code = str(problem), problem.exit_code
-    except Stopped as stop:
-        return stop.exit_code
-    except KeyboardInterrupt:
-        message, code = "stopped", 130
+    except (Stopped, KeyboardInterrupt) as stop:
+        show_progress("")
+        print(f"stopped; finished epochs are kept. To go on:\n  {command_to_go_on(config, given)}", flush=True)
+        return getattr(stop, "exit_code", 130)
     except OSError as error:
         message, code = f"{error.filename or 'system'}: {error.strerror or error}", 1
     except (RuntimeError, MemoryError) as error:

@@ -125,7 +125,7 @@ WRITE_FAULTS = {
 def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_else(fault, ck, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with WRITE_FAULTS[fault](), pytest.raises(ck.Problem, match="cannot write .*file.*unharmed"):
+    with WRITE_FAULTS[fault](), pytest.raises(ck.Problem, match=r"cannot write .*file: "):
         ck.write_atomically(path, bytes(10_000))
     assert files_in(tmp_path) == {"file": b"old"}
 
@@ -201,28 +201,31 @@ def test_without_matplotlib_a_run_still_reports_its_error(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def diverge(tiny, fails, folder: Path, *flags: object) -> str:
-    """A first good epoch, then a second at a learning rate beyond all bounds; returns the message."""
-    common = [*RUN, "--output-dir", folder, "--milestones", 1, *flags]
-    message = fails(*common, "--gamma", 1e38, code=1)
+def diverge(tiny, fails, folder: Path, gamma: float, *flags: object) -> str:
+    """A first good epoch, then a second with its learning rate multiplied by gamma; returns the message."""
+    message = fails(*RUN, "--output-dir", folder, "--milestones", 1, "--gamma", gamma, *flags, code=1)
     last = tiny.load_checkpoint(folder / "last.pt", tiny.RUN_FORMAT)
     assert last["epoch"] == 1
     assert all(weight.isfinite().all() for weight in last["model"].values())
     assert str(folder / "last.pt") in message
+    assert "epoch 2" in message
     assert "--lr" in message
     return message
 
 
 def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_last_good_checkpoint(tiny, fails, tmp_path):
-    message = diverge(tiny, fails, tmp_path / "run")
-    assert "epoch 2" in message
+    message = diverge(tiny, fails, tmp_path / "run", 1e38)
     assert "step 2" in message
     assert "learning rate 1e+36" in message
 
 
-@pytest.mark.parametrize("val_size", [20, 0])
-def test_weights_that_overflow_in_the_last_step_of_an_epoch_are_not_saved(val_size, tiny, fails, tmp_path):
-    diverge(tiny, fails, tmp_path / "run", "--batch-size", 100, "--val-size", val_size)
+@pytest.mark.parametrize(
+    ("gamma", "val_size"),
+    [(1e38, 20), (1e41, 0)],
+    ids=["they are finite and their logits are not", "they are not finite and nothing is validated"],
+)
+def test_weights_that_the_last_step_of_an_epoch_has_ruined_are_not_saved(gamma, val_size, tiny, fails, tmp_path):
+    diverge(tiny, fails, tmp_path / "run", gamma, "--batch-size", 100, "--val-size", val_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,8 +284,8 @@ def test_missing_checkpoints_and_folders_are_named(fails, trained, picture):
         assert str(path) in fails("--checkpoint", path, "--image", picture, code=1)
 
 
-def test_best_and_last_are_told_apart(fails, trained, picture):
-    assert "resumed from its last.pt" in fails("--resume", trained / "best.pt", "--output-dir", "none", code=1)
+def test_best_and_last_are_told_apart(fails, trained, picture, tmp_path):
+    assert "resumed from its last.pt" in fails("--resume", trained / "best.pt", "--output-dir", tmp_path, code=1)
     assert "best.pt" in fails("--checkpoint", trained / "last.pt", "--image", picture, code=1)
 
 
@@ -303,7 +306,7 @@ def test_a_last_pt_with_a_strange_or_missing_part_is_named(key, fails, trained, 
     torch.save(without(trained / "last.pt", key), path)
     assert str(path) in fails("--resume", path, code=1)
     for value in STRANGE_VALUES:
-        if (key, value) not in (("hardware", {}), ("epoch", 5), ("best_epoch", 5)):
+        if not (key == "hardware" and isinstance(value, dict)) and (key, str(value)) != ("epoch", "5"):
             torch.save(changed(trained / "last.pt", **{key: value}), path)
             assert str(path) in fails("--resume", path, code=1)
 
@@ -323,10 +326,10 @@ def test_the_weights_of_another_network_or_class_count_are_named(tiny, fails, tr
     for model in (nn.Linear(3, 4), TinyNet(100), tiny.KrizhevskyNet()):
         weights = model.state_dict()
         torch.save(changed(trained / "last.pt", model=weights), tmp_path / "last.pt")
-        assert "holds the weights of another network" in fails("--resume", tmp_path / "last.pt", code=1)
+        assert "of another network" in fails("--resume", tmp_path / "last.pt", code=1)
         torch.save(changed(trained / "best.pt", model=weights), tmp_path / "best.pt")
         used = ["--checkpoint", tmp_path / "best.pt", "--image", picture]
-        assert "holds the weights of another network" in fails(*used, code=1)
+        assert "of another network" in fails(*used, code=1)
 
 
 def test_a_checkpoint_of_another_data_set_is_named(fails, trained):
@@ -508,14 +511,6 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
 
     def drips(self, content: bytes) -> None:
         self.good(b"", announced=len(content))
-        self._drip(content)
-
-    def drips_headers(self, _: bytes) -> None:
-        self.send_response(200)
-        self.flush_headers()
-        self._drip(b"x" * 60_000)
-
-    def _drip(self, content: bytes) -> None:
         for byte in content:
             self.wfile.write(bytes([byte]))
             if self.server.released.wait(0.02):
@@ -601,7 +596,7 @@ def assert_all_there(fake: FakeData, data: Path) -> None:
     }
 
 
-MISBEHAVIOURS = ["html", "missing", "broken", "altered", "short", "silent", "stalls", "drips", "drips_headers"]
+MISBEHAVIOURS = ["html", "missing", "broken", "altered", "short", "silent", "stalls", "drips"]
 MISBEHAVIOURS += ["endless", "nonsense", "circles", "misleads", "refuses"]
 
 
@@ -646,7 +641,7 @@ def test_an_interrupted_download_leaves_nothing_that_a_new_start_would_trust(ck,
 
 def test_a_full_disk_ends_a_download_with_the_name_of_the_file(ck, server, data, monkeypatch):
     use_mirrors(ck, server, monkeypatch, "good", "good")
-    with size_limit(50_000), pytest.raises(ck.Problem, match="fake.tar.gz"):
+    with size_limit(50_000), pytest.raises(ck.Problem, match=r"fake\.tar\.gz"):
         load(ck, data)
     assert not list(data.glob("fake*"))
     assert load(ck, data) == 40
@@ -772,7 +767,7 @@ WRONG_FLAGS = [
     "--image-dir pictures",
     "--checkpoint best.pt",
     "--no-such-flag",
-    "--no_such_flag 1",
+    "--batch_size 0",
     "--learning-rate 0.1",
     "--ep 2",
     "file.png",
@@ -783,7 +778,7 @@ WRONG_FLAGS = [
 def test_a_wrong_flag_is_named_and_starts_nothing(flags, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = fails(*RUN, *flags.split(), code=2)
-    assert flags.split()[0] in message
+    assert flags.split()[0].replace("_", "-") in message
     assert not list(tmp_path.rglob("*.pt"))
 
 
