@@ -7,11 +7,14 @@
 
 Train, on whatever the machine has (CUDA, MPS or CPU), and read the test error at the end:
 
-    python cifar_krizhevsky.py                                   # CIFAR-10, 200 epochs
-    python cifar_krizhevsky.py --dataset cifar100                # CIFAR-100
-    python cifar_krizhevsky.py --dataset synthetic --epochs 5    # no download: drawn shapes, for a first try
-    python cifar_krizhevsky.py --resume                          # go on after a stop; same bits as without it
-    python cifar_krizhevsky.py --seeds 5                         # five runs, mean and standard deviation
+    python cifar_krizhevsky.py                       # CIFAR-10, 200 epochs
+    python cifar_krizhevsky.py --dataset cifar100    # CIFAR-100
+    python cifar_krizhevsky.py --resume              # go on after a stop; same bits as without it
+    python cifar_krizhevsky.py --seeds 5             # five runs, mean and standard deviation
+
+A first try without any download, on drawn shapes:
+
+    python cifar_krizhevsky.py --dataset synthetic --epochs 5 --batch-size 32
 
 Use the result:
 
@@ -45,6 +48,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import sys
@@ -72,7 +76,7 @@ from torch.nn import functional as F
 
 
 def flag(default: Any, help: str, **rules: Any) -> Any:
-    """One line of `Config`: its default, what it means, and the values it takes (least, above, most, below, choices).
+    """One line of `Config`: its default, what it means, and the values it takes (least, above, below, choices).
 
     `free=True` marks what a resumed run may change; everything else is part of what the run computes.
     """
@@ -537,6 +541,8 @@ def fetch_dataset(name: str, data_dir: Path) -> None:
         if not have_archive:
             print(f"downloading {reader.filename} ({archive_bytes / 1e6:.0f} MB) to {data_dir}", flush=True)
             download(reader.filename, reader.tgz_md5, archive_bytes, data_dir)
+        for leftover in data_dir.glob(".extracting-*"):  # of a process that was killed meanwhile
+            shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".extracting-") as scratch:
             torchvision.datasets.utils.extract_archive(str(archive), scratch)
             folder.mkdir(exist_ok=True)
