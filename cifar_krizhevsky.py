@@ -1074,10 +1074,10 @@ def show_progress(line: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def new_figure(width: float, height: float, **options: Any) -> Any:
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # not pyplot: no window system is asked for, no state is left behind
 
-    return Figure(figsize=(width, height), layout="constrained", **options)
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_results(history: list[dict], best_epoch: int, title: str) -> Any:
