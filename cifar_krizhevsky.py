@@ -14,7 +14,7 @@ Train, on whatever the machine has (CUDA, MPS or CPU), and read the test error a
 
 A first try without any download, on drawn shapes:
 
-    python cifar_krizhevsky.py --dataset synthetic --epochs 5 --batch-size 32
+    python cifar_krizhevsky.py --dataset synthetic --epochs 5
 
 Use the result:
 
@@ -40,6 +40,7 @@ import ctypes
 import errno
 import functools
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -59,6 +60,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -67,7 +69,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torchvision
-from torch import Tensor, nn, optim
+from torch import Tensor, distributed, nn, optim
 from torch.nn import functional as F
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,13 +90,26 @@ class Config:
     """Everything that a run depends on. Each field is the flag of the same name (`batch_size` is `--batch-size`)."""
 
     # Data
-    dataset: str = flag("cifar10", "data set", choices=("cifar10", "cifar100", "synthetic"))
+    dataset: str = flag(
+        "cifar10", "cifar10, cifar100, synthetic, or a folder with train/CLASS/* and test/CLASS/*", metavar="NAME"
+    )
     data_dir: str = flag("data", "where the data sets lie; the first run downloads them", metavar="DIR", free=True)
     val_size: int = flag(5000, "training images held out for validation; 0: train on all, keep the last epoch", least=0)
+    inputs: str = flag(
+        "standardized", "or 0-255: minus the mean only, as in cuda-convnet", choices=("standardized", "0-255")
+    )
 
     # Network
-    model: str = flag("krizhevsky", "network", choices=("krizhevsky",))
+    model: str = flag("krizhevsky", "network", choices=("krizhevsky", "five-conv", "alexnet", "compact"))
     norm: str = flag("lrn", "local response normalisation, or none (the ablation)", choices=("lrn", "none"))
+    lrn_size: int = flag(5, "its window, in channels", least=1)
+    lrn_alpha: float = flag(1e-4, "its alpha, which is divided by the size", least=0)
+    lrn_beta: float = flag(0.75, "its beta", least=0)
+    lrn_k: float = flag(2.0, "its k", above=0)
+    init: str = flag("pytorch", "initial weights: PyTorch's default, or He's", choices=("pytorch", "he"))
+    dropout: float | None = flag(
+        None, "share of units dropped (default: 0, five-conv and alexnet 0.5, compact 0.03)", least=0, below=1
+    )
 
     # Optimisation: SGD with momentum, the learning rate multiplied by gamma at each milestone
     epochs: int = flag(200, "passes over the training images", least=1, free=True)
@@ -102,6 +117,7 @@ class Config:
     lr: float = flag(0.01, "initial learning rate", above=0)
     momentum: float = flag(0.9, "momentum", least=0, below=1)
     weight_decay: float = flag(5e-4, "L2 penalty on the weights", least=0)
+    label_smoothing: float = flag(0.0, "share of the target spread over all classes", least=0, below=1)
     gamma: float = flag(0.1, "factor on the learning rate at each milestone", above=0)
     milestones: list[int] | None = flag(None, "epochs after which it drops (default: 30, 60 and 80 %% of the epochs)")
     seed: int = flag(0, "of initial weights, order and augmentation, not of the validation split", least=0)
@@ -117,6 +133,7 @@ class Config:
     device: str = flag("auto", "auto, cpu, mps, cuda, cuda:1, ...", free=True)
     precision: str = flag("auto", "bf16 where the hardware has it, else fp32", choices=("auto", "fp32", "bf16"))
     compile: str = flag("auto", "fuse the normalisation with torch.compile", choices=("auto", "on", "off"))
+    deterministic: bool = flag(False, "the same bits each time on a GPU too; a CPU gives them anyway")
 
     # Files
     output_dir: str | None = flag(
@@ -128,13 +145,18 @@ class Config:
     overwrite: bool = flag(False, "replace the run that the folder holds", free=True)
     show: bool = flag(False, "open the pictures, where there is a display", free=True)
 
-    # Use of a trained network, instead of training
-    checkpoint: str | None = flag(None, "a best.pt: classify pictures with it", metavar="FILE", free=True)
+    tensorboard: bool = flag(False, "write TensorBoard's files to the folder of the run too", free=True)
+
+    # Other things to do than training
+    summary: bool = flag(False, "print the layers of the network, and stop", free=True)
+    checkpoint: str | None = flag(None, "a best.pt, to use as the next flags say", metavar="FILE", free=True)
+    evaluate: bool = flag(False, "test it again, and draw its pictures again", free=True)
     image: list[str] | None = flag(
-        None, "picture to classify, of any size; several may follow", metavar="FILE", free=True
+        None, "classify a picture of any size; several may follow", metavar="FILE", free=True
     )
     image_dir: str | None = flag(None, "classify all pictures in this folder and below", metavar="DIR", free=True)
     show_all_probs: bool = flag(False, "print the probability of every class", free=True)
+    json: bool = flag(False, "print JSON instead of a table", free=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -274,23 +296,25 @@ class KrizhevskyNet(nn.Module):
 
     Args:
         num_classes: number of classes.
-        norm: "lrn", or "none" for the same network without normalisation.
+        norm_layer: makes a normalisation layer; `nn.Identity` for the network without it.
+        dropout: share of the inputs of fc2 and fc3 that is dropped in training, 0 to 1.
     """
 
-    def __init__(self, num_classes: int = 10, norm: str = "lrn") -> None:
+    def __init__(
+        self,
+        num_classes: int = 10,
+        norm_layer: Callable[[], nn.Module] = LocalResponseNormalization,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-
-        def normalization() -> nn.Module:
-            return LocalResponseNormalization(size=5, alpha=1e-4, beta=0.75, k=2.0) if norm == "lrn" else nn.Identity()
-
         self.conv1 = nn.Conv2d(3, 96, kernel_size=3, padding=1)
         self.relu1 = nn.ReLU(inplace=True)
-        self.norm1 = normalization()
+        self.norm1 = norm_layer()
         self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.conv2 = nn.Conv2d(96, 96, kernel_size=3, padding=1)
         self.relu2 = nn.ReLU(inplace=True)
-        self.norm2 = normalization()
+        self.norm2 = norm_layer()
         self.pool2 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.conv3 = nn.Conv2d(96, 192, kernel_size=3, padding=1)
@@ -302,27 +326,169 @@ class KrizhevskyNet(nn.Module):
         self.fc2 = nn.Linear(256, 256)
         self.relu5 = nn.ReLU(inplace=True)
         self.fc3 = nn.Linear(256, num_classes)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool1(self.norm1(self.relu1(self.conv1(x))))
         x = self.pool2(self.norm2(self.relu2(self.conv2(x))))
         x = self.pool3(self.relu3(self.conv3(x)))
         x = x.flatten(1)
-        x = self.relu4(self.fc1(x))
-        x = self.relu5(self.fc2(x))
+        x = self.dropout(self.relu4(self.fc1(x)))
+        x = self.dropout(self.relu5(self.fc2(x)))
         return self.fc3(x)
 
 
 TinyImageNet = KrizhevskyNet  # the name in the architecture document; Tiny ImageNet is another data set
 
-MODELS = {"krizhevsky": KrizhevskyNet}
+
+class FiveConvNet(nn.Module):
+    """Five convolutions and four linear layers, with dropout of whole channels; 2.8 M parameters.
+
+    Input (N, 3, 32, 32) float, normalised; output (N, num_classes) logits. Before the linear layers: (N, 256, 6, 6).
+    """
+
+    def __init__(self, num_classes: int = 10, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(8, 32, kernel_size=3, padding=1)
+        self.conv3 = nn.Conv2d(32, 64, kernel_size=3, padding=1)
+        self.conv4 = nn.Conv2d(64, 128, kernel_size=3, padding=1)
+        self.conv5 = nn.Conv2d(128, 256, kernel_size=3)
+        self.fc1 = nn.Linear(256 * 6 * 6, 256)
+        self.fc2 = nn.Linear(256, 128)
+        self.fc3 = nn.Linear(128, 64)
+        self.fc4 = nn.Linear(64, num_classes)
+        self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.pool(self.conv2(self.conv1(x).relu()).relu()))
+        x = self.dropout(self.pool(self.conv4(self.conv3(x).relu()).relu()))
+        x = self.conv5(x).relu().flatten(1)
+        return self.fc4(self.fc3(self.fc2(self.fc1(x).relu()).relu()).relu())
 
 
-def build_model(name: str, num_classes: int, norm: str = "lrn", seed: int = 0) -> nn.Module:
-    """The named network with the initial weights of this seed (PyTorch's default initialisation), on the CPU."""
+class AlexNet(nn.Module):
+    """The network of the AlexNet paper, all of it on one device, for images enlarged to 227x227; 58 M parameters.
+
+    Input (N, 3, 32, 32) float, normalised; output (N, num_classes) logits. The paper splits its second, fourth and
+    fifth convolution in two, for two GPUs; here they are whole.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        norm_layer: Callable[[], nn.Module] = LocalResponseNormalization,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 96, kernel_size=11, stride=4), nn.ReLU(inplace=True), norm_layer(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(96, 256, kernel_size=5, padding=2), nn.ReLU(inplace=True), norm_layer(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(256, 384, kernel_size=3, padding=1), nn.ReLU(inplace=True),
+            nn.Conv2d(384, 384, kernel_size=3, padding=1), nn.ReLU(inplace=True),
+            nn.Conv2d(384, 256, kernel_size=3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
+        )  # fmt: skip
+        self.classifier = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(256 * 6 * 6, 4096), nn.ReLU(inplace=True),
+            nn.Dropout(dropout), nn.Linear(4096, 4096), nn.ReLU(inplace=True),
+            nn.Linear(4096, num_classes),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, size=(227, 227), mode="bilinear")
+        return self.classifier(self.features(x).flatten(1))
+
+
+class CompactNet(nn.Module):
+    """Dilated, depthwise separable and residual blocks with batch normalisation; 0.4 M parameters.
+
+    Input (N, 3, 32, 32) float, normalised; output (N, num_classes) logits. A value before the global average pooling
+    depends on 46x46 pixels, more than the image has.
+
+        dilated, rate 2         (N,  32, 32, 32)   max-pool 2x2   (N,  32, 16, 16)
+        depthwise separable     (N,  64, 16, 16)   max-pool 2x2   (N,  64,  8,  8)
+        standard, residual      (N, 128,  8,  8)   global average (N, 128)
+    """
+
+    def __init__(self, num_classes: int = 10, dropout: float = 0.03) -> None:
+        super().__init__()
+
+        def block(inputs: int, outputs: int, dilation: int = 1, separable: bool = False) -> nn.Sequential:
+            convolution = [nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False)]
+            if separable:
+                depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
+                convolution = [depthwise, nn.Conv2d(inputs, outputs, 1, bias=False)]
+            return nn.Sequential(*convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), nn.Dropout(dropout))
+
+        self.stem = block(3, 32)
+        self.dilated1, self.dilated2 = block(32, 32, dilation=2), block(32, 32, dilation=2)
+        self.separable1, self.separable2 = block(32, 64, separable=True), block(64, 64, separable=True)
+        self.standard1, self.standard2, self.standard3 = block(64, 128), block(128, 128), block(128, 128)
+        self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
+        self.fc = nn.Linear(128, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dilated1(self.stem(x))
+        x = self.pool(x + self.dilated2(x))
+        x = self.separable1(x)
+        x = self.pool(x + self.separable2(x))
+        x = self.standard1(x)
+        x = x + self.standard3(self.standard2(x))
+        return self.fc(x.mean((2, 3)))
+
+
+MODELS = {"krizhevsky": KrizhevskyNet, "five-conv": FiveConvNet, "alexnet": AlexNet, "compact": CompactNet}
+MODELS_WITH_LRN = ("krizhevsky", "alexnet")
+
+
+def build_model(config: Config, num_classes: int) -> nn.Module:
+    """The network of this configuration with the initial weights of its seed, on the CPU."""
+    options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
+    if config.model in MODELS_WITH_LRN:
+        constants = (config.lrn_size, config.lrn_alpha, config.lrn_beta, config.lrn_k)
+        lrn = functools.partial(LocalResponseNormalization, *constants)
+        options["norm_layer"] = lrn if config.norm == "lrn" else nn.Identity
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, 0, 0))
-        return MODELS[name](num_classes, norm)
+        torch.manual_seed(derive_seed(config.seed, 0, 0))
+        model = MODELS[config.model](num_classes, **options)
+        for layer in model.modules():
+            if config.init == "he" and isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+    return model
+
+
+def summarize(model: nn.Module) -> list[dict[str, Any]]:
+    """One dict for each layer that computes something, in the order of use, for one image of 32x32 pixels.
+
+    Keys: `layer`, `type`, `output` (shape without the batch), `parameters`, `multiply_adds` (of convolutions and
+    linear layers), and `receptive_field`: the pixels, in width and in height, that a value of its output depends on
+    (of the enlarged image in AlexNet; along the longest path where there are several; none behind the global pooling).
+    """
+    rows: list[dict[str, Any]] = []
+    field_size, stride = 1, 1
+
+    def record(name: str, layer: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
+        nonlocal field_size, stride
+        weights = layer.weight.numel() if isinstance(layer, nn.Conv2d | nn.Linear) else 0
+        if hasattr(layer, "kernel_size"):
+            sizes = (layer.kernel_size, layer.dilation, layer.stride)
+            kernel, dilation, step = (size if isinstance(size, int) else size[0] for size in sizes)
+            field_size, stride = field_size + (kernel - 1) * dilation * stride, stride * step
+        row = {"layer": name, "type": type(layer).__name__, "output": list(output.shape[1:])}
+        row["parameters"] = sum(p.numel() for p in layer.parameters())
+        row["multiply_adds"] = weights * math.prod(output.shape[2:])
+        rows.append(row | {"receptive_field": field_size if output.dim() == 4 else None})
+
+    model = copy.deepcopy(model).eval()
+    for name, layer in model.named_modules():
+        if not [*layer.children()] and not isinstance(layer, nn.ReLU | nn.Dropout | nn.Dropout2d | nn.Identity):
+            layer.register_forward_hook(functools.partial(record, name))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -372,6 +538,12 @@ def derive_seed(*keys: int) -> int:
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def processes() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are: more than one under torchrun only."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+
+
 class CifarLoader:
     """Batches of images that lie in memory on the device, cropped and flipped there, the whole batch at once.
 
@@ -380,7 +552,8 @@ class CifarLoader:
     and augmentation derive from (seed, epoch) alone, so an epoch can be repeated exactly, on any device.
 
     Iterating yields images (B, 3, 32, 32) float32, normalised, channels_last, and labels (B,) int64; the last batch
-    may be short. Without `augment` the images come in their order, unchanged.
+    may be short. Without `augment` the images come in their order, unchanged. Where several processes train together,
+    each gets its share of every augmented batch.
 
     Args:
         images: (N, 3, 32, 32) uint8.
@@ -428,7 +601,7 @@ class CifarLoader:
         order = torch.randperm(count, generator=generator)
         y, x = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
         mirrored = torch.rand(count, generator=generator) < 0.5
-        return self._batches(order, y, x, mirrored)
+        return self._batches(order, y, x, mirrored, share=processes())
 
     def view(self, y: int, x: int, mirrored: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in their order, each cropped at (y, x) of its padded image, 0 to 8, and mirrored if told."""
@@ -436,13 +609,66 @@ class CifarLoader:
         position = torch.tensor([[y], [x]]).expand(2, count)
         return self._batches(torch.arange(count), *position, torch.tensor(mirrored).expand(count))
 
-    def _batches(self, *choices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, *choices: Tensor, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+        number, shares = share
         choices = [choice.to(self.labels.device) for choice in choices]
-        for index, y, x, mirrored in zip(*(choice.split(self.batch_size) for choice in choices)):
+        for batch in zip(*(choice.split(self.batch_size) for choice in choices)):
+            index, y, x, mirrored = (choice.tensor_split(shares)[number] for choice in batch)
             images = self._crops[index, :, y, x]
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
             images = images.to(torch.float32, memory_format=torch.channels_last)
             yield images.sub_(self._shift).mul_(self._scale), self.labels[index]
+
+
+class Dataset(NamedTuple):
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 for training and for the test, and what goes with them."""
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: list[str]
+    mean: Iterable[float]
+    std: Iterable[float]
+
+
+def read_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
+    """Load a data set into memory: "cifar10", "cifar100", "synthetic", or the path of a folder of pictures.
+
+    Raises:
+        Problem: if it cannot be had.
+    """
+    if name == "synthetic":
+        train, test = (draw_shapes(count, seed) for seed, count in enumerate(SYNTHETIC_COUNTS, start=1))
+        return Dataset(*train, *test, SHAPE_CLASSES, *channel_statistics(train[0]))
+    if name not in SOURCES:
+        (*train, classes), (*test, test_classes) = (read_image_folder(Path(name) / part) for part in ("train", "test"))
+        if strange := sorted(set(classes) ^ set(test_classes)):
+            raise Problem(f"--dataset {name}: train and test have not the same classes ({', '.join(strange[:5])})", 2)
+        return Dataset(*train, *test, classes, *channel_statistics(train[0]))
+    reader, _, mean, std = SOURCES[name]
+    fetch_dataset(name, Path(data_dir))
+    parts = [reader(data_dir, train=is_train) for is_train in (True, False)]
+    tensors = [(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
+    return Dataset(*tensors[0], *tensors[1], parts[0].classes, mean, std)
+
+
+def read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """The pictures in a folder of one folder for each class: images, labels and the names of the classes.
+
+    Raises:
+        Problem: if the folder is not like that, or for the first picture that cannot be read.
+    """
+    try:
+        listing = torchvision.datasets.ImageFolder(str(folder))
+    except OSError as error:
+        reason = str(error).splitlines()[0].replace("\n", " ") or type(error).__name__
+        raise Problem(f"--dataset: {folder} should hold one folder of pictures for each class ({reason})", 2) from None
+    paths, labels = zip(*listing.samples)
+    images = read_pictures([Path(path) for path in paths])
+    if failures := [picture for picture in images if isinstance(picture, str)]:
+        raise Problem(f"--dataset: {failures[0]}: mend or remove it")
+    return torch.stack(images), torch.tensor(labels), listing.classes
 
 
 def get_cifar_data_loaders(
@@ -452,35 +678,27 @@ def get_cifar_data_loaders(
     val_size: int = 5000,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    inputs: str = "standardized",
 ) -> tuple[CifarLoader, CifarLoader | None, CifarLoader]:
     """Load a data set into memory and return its training, validation and test loader.
 
     Args:
         batch_size: images per training batch.
-        dataset_name: "cifar10", "cifar100" or "synthetic".
+        dataset_name: "cifar10", "cifar100", "synthetic", or a folder with train/CLASS/* and test/CLASS/*.
         data_dir: folder of the CIFAR files as torchvision keeps them; what is missing is downloaded there.
         val_size: training images to hold out, evenly from the classes; with 0 the validation loader is None.
         seed: of order and augmentation, not of the split.
         device: where the images are kept.
+        inputs: "standardized", or "0-255" for pixels minus their mean, not divided by the deviation.
 
     Raises:
         Problem: if the data cannot be had, or val_size leaves no image to train on.
     """
-    if dataset_name == "synthetic":
-        (images, labels), test = (draw_shapes(count, seed) for seed, count in enumerate(SYNTHETIC_COUNTS, start=1))
-        classes = SHAPE_CLASSES
-        mean, std = channel_statistics(images)
-    else:
-        reader, _, mean, std = SOURCES[dataset_name]
-        fetch_dataset(dataset_name, Path(data_dir))
-        train, test = (reader(data_dir, train=is_train) for is_train in (True, False))
-        classes = train.classes
-        (images, labels), test = (
-            (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-            for part in (train, test)
-        )
-    if val_size >= len(labels):
-        raise Problem(f"--val-size {val_size} leaves none of the {len(labels)} training images to train on", 2)
+    images, labels, *test, classes, mean, std = read_dataset(dataset_name, data_dir)
+    std = (1 / 255,) * 3 if inputs == "0-255" else std
+    count = len(labels)
+    if val_size >= count:
+        raise Problem(f"--val-size {val_size} leaves none of the {count} training images: try {count // 10}", 2)
     held_out = validation_split(labels, val_size)
     common = {"classes": classes, "mean": mean, "std": std, "device": device}
     evaluation = {**common, "batch_size": EVAL_BATCH_SIZE}
@@ -591,7 +809,7 @@ def download(filename: str, md5: str, size: int, data_dir: Path) -> None:
     )
 
 
-SYNTHETIC_COUNTS = (20_000, 2_000)  # training and test images
+SYNTHETIC_COUNTS = (50_000, 2_000)  # training and test images
 SHAPES = ("disk", "square", "triangle", "ring", "cross")
 SHAPE_CLASSES = [f"{texture} {shape}" for shape in SHAPES for texture in ("striped", "dotted")]
 
@@ -643,12 +861,21 @@ def _draw_block(labels: Tensor, generator: torch.Generator) -> Tensor:
 def train_step(
     model: nn.Module, images: Tensor, labels: Tensor, criterion: nn.Module, optimizer: optim.Optimizer, precision: str
 ) -> Tensor:
-    """One step of SGD. Returns a tensor of three: the summed loss, the number correct, and 1 if the loss is finite."""
+    """One step of SGD. Returns a tensor of three: the summed loss, the number correct, and 1 if the loss is finite.
+
+    Of processes that train together each has a share of the batch, perhaps an empty one. DistributedDataParallel takes
+    the mean of their gradients; each mean loss is weighted for that to be the gradient of the whole batch.
+    """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = model(images)
-    loss = criterion(logits.float(), labels)
+    loss = criterion(logits.float(), labels) if len(labels) else logits.float().sum()
+    weight = 1.0
+    if processes()[1] > 1:
+        mean_share = torch.tensor(len(labels) / processes()[1], device=labels.device)
+        distributed.all_reduce(mean_share)
+        weight = len(labels) / mean_share
     optimizer.zero_grad()
-    loss.backward()
+    (loss * weight).backward()
     optimizer.step()
     correct = (logits.argmax(1) == labels).sum()
     return torch.stack([loss.detach() * len(labels), correct, loss.isfinite()])
@@ -671,17 +898,19 @@ def train_one_epoch(
         Problem: if the loss is not finite, at the first such step on a CPU, at the end of the epoch on a GPU, which
             is not made to wait for the answer.
     """
-    device = torch.device(device)
+    device, together = torch.device(device), processes()[1]
     model.train()
-    count, totals = 0, torch.zeros(3, device=device)
+    totals = torch.zeros(4, device=device)
     for steps, (images, labels) in enumerate(dataloader, start=1):
-        totals += step(model, images, labels, criterion, optimizer, precision)
-        count += len(labels)
-        if device.type == "cpu" and totals[2] < steps:
+        totals[:3] += step(model, images, labels, criterion, optimizer, precision)
+        totals[3] += len(labels)
+        if device.type == "cpu" and together == 1 and totals[2] < steps:
             break
-    loss, correct, finite_steps = totals.tolist()
-    if finite_steps < steps or not all(p.isfinite().all() for p in model.parameters()):
-        lr, step_number = float(optimizer.param_groups[0]["lr"]), min(int(finite_steps) + 1, steps)
+    if together > 1:
+        distributed.all_reduce(totals)
+    loss, correct, finite_steps, count = totals.tolist()
+    if finite_steps < steps * together or not all(p.isfinite().all() for p in model.parameters()):
+        lr, step_number = float(optimizer.param_groups[0]["lr"]), min(int(finite_steps / together) + 1, steps)
         raise Problem(f"the loss is not finite at step {step_number}, learning rate {lr:g}: try a lower --lr")
     return loss / count, 100 * correct / count
 
@@ -744,13 +973,17 @@ def predict(
     """Log-probabilities (N, classes), float32 on the CPU: of the mean of the probabilities over the views."""
     model.eval()
     views, by_view = views or [CENTRE], []
+    number, together = processes()
     for view in views:
-        batches = []
-        for images, _ in dataloader.view(*view):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(images)
-            batches.append(F.log_softmax(logits.float(), dim=1))
-        by_view.append(torch.cat(batches).cpu())
+        result = torch.zeros(len(dataloader.labels), len(dataloader.classes), device=dataloader.labels.device)
+        for i, (part, (images, _)) in enumerate(zip(result.split(dataloader.batch_size), dataloader.view(*view))):
+            if i % together == number:  # the other batches are other processes' work
+                with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    logits = model(images)
+                part.copy_(F.log_softmax(logits.float(), dim=1))
+        if together > 1:
+            distributed.all_reduce(result)
+        by_view.append(result.cpu())
     return torch.stack(by_view).logsumexp(0) - math.log(len(views))
 
 
@@ -771,6 +1004,26 @@ def wilson_interval(errors_percent: float, count: int) -> tuple[float, float]:
     centre = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     return 100 * (centre - half), 100 * (centre + half)
+
+
+def test_figures(model: nn.Module, loader: CifarLoader, precision: str) -> tuple[dict[str, Any], Evaluation]:
+    """What is measured on the test set, by its name in summary.json, in per cent; and the single-view evaluation."""
+    count, labels = len(loader.labels), loader.labels.cpu()
+    single, multi = (evaluate_model(model, loader, precision, views) for views in (None, TEN_VIEWS))
+    correct = (single.log_probabilities.argmax(1) == labels).double()
+    figures = {
+        "test_images": count,
+        "test_error": 100 - single.top1,
+        "test_error_interval": wilson_interval(100 - single.top1, count),
+        "test_error_multi_view": 100 - multi.top1,
+        "test_error_multi_view_interval": wilson_interval(100 - multi.top1, count),
+        "test_loss": single.loss,
+        "test_loss_multi_view": multi.loss,
+        "test_top3_error": 100 - single.top3,
+        "test_top5_error": 100 - single.top5,
+        "test_class_accuracy": {c: 100 * correct[labels == i].mean().item() for i, c in enumerate(loader.classes)},
+    }
+    return figures, single
 
 
 def momentum_buffers(optimizer: optim.Optimizer) -> list[Tensor]:
@@ -802,7 +1055,9 @@ def choose_device(name: str) -> torch.device:
     Raises:
         Problem: if the machine has no such device.
     """
-    if name == "auto":
+    if name == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:  # under torchrun, a GPU for each
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
@@ -865,7 +1120,7 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-HARDWARE = ("processor", "device_used", "threads", "torch_version", "precision_used", "compiled")
+HARDWARE = ("processor", "device_used", "threads", "processes", "torch_version", "precision_used", "compiled")
 
 
 def describe_hardware(device: torch.device, precision: str, fused: bool) -> dict[str, Any]:
@@ -876,7 +1131,8 @@ def describe_hardware(device: torch.device, precision: str, fused: bool) -> dict
     elif (cpu_info := Path("/proc/cpuinfo")).exists():
         processor = "".join(re.findall(r"model name\s*:\s*(.+)", cpu_info.read_text())[:1]) or processor
     version = str(torch.__version__)  # of a subclass of str, which weights_only does not load
-    return dict(zip(HARDWARE, (processor, device.type, torch.get_num_threads(), version, precision, fused)))
+    counts = (torch.get_num_threads(), processes()[1])
+    return dict(zip(HARDWARE, (processor, device.type, *counts, version, precision, fused)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -974,7 +1230,19 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def agree_with_checkpoint(config: Config, given: set[str], saved: dict[str, Any], epoch: int, path: Path) -> Config:
+def saved_config(checkpoint: dict[str, Any]) -> Config:
+    """The configuration in a checkpoint. What an older script did not know has its default."""
+    if "epochs" not in checkpoint["config"]:
+        raise ValueError("no configuration")
+    config = Config(**checkpoint["config"])
+    try:
+        check_ranges(config, set())
+    except Problem as problem:
+        raise ValueError(problem) from None
+    return config
+
+
+def agree_with_checkpoint(config: Config, given: set[str], saved: Config, epoch: int, path: Path) -> Config:
     """The configuration to go on with: the checkpoint's, with what a resumed run may change as it is now.
 
     Args:
@@ -985,13 +1253,6 @@ def agree_with_checkpoint(config: Config, given: set[str], saved: dict[str, Any]
     Raises:
         Problem: for a flag that contradicts, by its name.
     """
-    if "epochs" not in saved:
-        raise ValueError("no configuration")
-    saved = Config(**saved)
-    try:
-        check_ranges(saved, set())
-    except Problem as problem:
-        raise ValueError(problem) from None
     milestones, epochs = drop_epochs(saved), config.epochs if "epochs" in given else saved.epochs
     merged = {}
     for option in fields(Config):
@@ -1002,7 +1263,7 @@ def agree_with_checkpoint(config: Config, given: set[str], saved: dict[str, Any]
         if now == then or option.metadata.get("free"):
             continue
         if name in given:
-            raise Problem(f"--{name.replace('_', '-')} {now} contradicts {path}, which goes on with {then}", 2)
+            raise Problem(f"{flag_name(name)} {now} contradicts {path}, which goes on with {then}", 2)
         print(f"note: {name} is {then}, as in {path} (the default here is {now})")
     merged["epochs"] = epochs
     if epochs != saved.epochs and merged["milestones"] is None:
@@ -1162,6 +1423,20 @@ def plot_filters(weights: Tensor, title: str) -> Any:
     return figure
 
 
+def test_pictures(
+    model: nn.Module, loader: CifarLoader, evaluation: Evaluation, title: str, which: str
+) -> dict[str, Callable[[], Any]]:
+    """What draws the pictures of a trained network, by the name of the file."""
+    guesses, labels = evaluation.log_probabilities, loader.labels.cpu()
+    first_layer = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    on = f"{title}, {which} set"
+    return {
+        "predictions.png": lambda: plot_predictions(loader, guesses, on),
+        "confusion.png": lambda: plot_confusion_matrix(labels, guesses.argmax(1), loader.classes, on),
+        "filters.png": lambda: plot_filters(first_layer.weight, title),
+    }
+
+
 def save_pictures(folder: Path, makers: dict[str, Callable[[], Any]]) -> list[str]:
     """Write pictures by name; one that fails is named, and loses nothing else. Returns the names written."""
     written = []
@@ -1197,18 +1472,19 @@ def show_pictures(paths: list[Path]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """The network in a best.pt, ready for use, and the checkpoint with `classes`, `mean`, `std`, `config`, `epoch`."""
+def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any], Config]:
+    """The network in a best.pt, ready for use; the checkpoint with `classes`, `mean` and `std`; its configuration."""
     checkpoint = load_checkpoint(path, MODEL_FORMAT)
     with nothing_taken_for_granted(path):
-        config, classes, constants = checkpoint["config"], checkpoint["classes"], checkpoint["mean"] + checkpoint["std"]
+        classes, constants = checkpoint["classes"], checkpoint["mean"] + checkpoint["std"]
         if len(constants) != 6 or not all(isinstance(value, float) for value in constants):
             raise ValueError("mean and std are not three numbers each")
         if not all(isinstance(name, str) for name in classes):
             raise ValueError("the classes are not names")
-        model = build_model(config["model"], len(classes), config["norm"])
+        config = saved_config(checkpoint)
+        model = build_model(config, len(classes))
         model.load_state_dict(checkpoint["model"])
-    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
+    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint, config
 
 
 def read_picture(path: Path) -> Tensor:
@@ -1219,26 +1495,39 @@ def read_picture(path: Path) -> Tensor:
     """
     from PIL import Image, ImageOps
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith(("I", "F")):  # more than 8 bits of grey
-                grey = np.asarray(picture, np.float32)
-                grey = grey / 257 if grey.max() > 255 else grey  # 65,535 becomes 255
-                picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-            if "transparency" in picture.info or picture.mode in ("LA", "PA", "RGBA", "RGBa", "La"):
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = ImageOps.fit(picture.convert("RGB"), (32, 32), Image.Resampling.BICUBIC)
+    with Image.open(path) as picture:
+        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith(("I", "F")):  # more than 8 bits of grey
+            grey = np.asarray(picture, np.float32)
+            grey = grey / 257 if grey.max() > 255 else grey  # 65,535 becomes 255
+            picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+        if "transparency" in picture.info or picture.mode in ("LA", "PA", "RGBA", "RGBa", "La"):
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = ImageOps.fit(picture.convert("RGB"), (32, 32), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def read_pictures(paths: list[Path]) -> list[Tensor | str]:
+    """The pictures as `read_picture` gives them, and a line about each that cannot be read."""
+
+    def read(path: Path) -> Tensor | str:
+        try:
+            return read_picture(path)
+        except Exception as error:  # Pillow's decoders raise what they like
+            return f"cannot read {path} ({error or type(error).__name__})"
+
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")
+        return list(pool.map(read, paths))
 
 
 def classify_pictures(config: Config) -> int:
     """Print what a trained network sees in pictures; returns the exit code: 1 if some could not be read."""
     device = choose_device(config.device)
-    model, checkpoint = load_trained(Path(config.checkpoint), device)
+    model, checkpoint, trained = load_trained(Path(config.checkpoint), device)
     paths = [Path(path) for path in config.image or []]
     if config.image_dir:
         suffixes = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -1246,26 +1535,78 @@ def classify_pictures(config: Config) -> int:
         if not found:
             raise Problem(f"--image-dir {config.image_dir}: no pictures there")
         paths += found
-    pictures, names = [], []
-    for path in paths:
-        try:
-            pictures.append(read_picture(path))
-            names.append(str(path))
-        except Exception as error:  # Pillow's decoders raise what they like; the others go on
-            print(f"error: cannot read {path} ({error or type(error).__name__})", file=sys.stderr)
+    pictures = dict(zip(map(str, paths), read_pictures(paths)))
+    for failure in [picture for picture in pictures.values() if isinstance(picture, str)]:
+        print(f"error: {failure}", file=sys.stderr)
+    pictures = {name: picture for name, picture in pictures.items() if isinstance(picture, Tensor)}
     if not pictures:
         return 1
-    classes = checkpoint["classes"]
-    labels = torch.zeros(len(pictures), dtype=torch.int64)
-    statistics_ = (checkpoint["mean"], checkpoint["std"])
-    loader = CifarLoader(torch.stack(pictures), labels, classes, *statistics_, EVAL_BATCH_SIZE, device=device)
-    probabilities, ranked = predict(model, loader).exp().sort(dim=1, descending=True, stable=True)
+    classes, count = checkpoint["classes"], len(pictures)
+    labels = torch.zeros(count, dtype=torch.int64)  # unknown, and not used
+    constants = (classes, checkpoint["mean"], checkpoint["std"], EVAL_BATCH_SIZE)
+    loader = CifarLoader(torch.stack([*pictures.values()]), labels, *constants, device=device)
+    precision = choose_precision(config.precision if config.precision != "auto" else trained.precision, device)
+    probabilities, ranked = predict(model, loader, precision).exp().sort(dim=1, descending=True, stable=True)
     shown = len(classes) if config.show_all_probs else min(3, len(classes))
-    width, class_width = max(map(len, names)), max(map(len, classes))
-    for name, p, order in zip(names, probabilities.tolist(), ranked.tolist()):
-        cells = [f"{classes[c]:<{class_width}} {100 * q:5.1f} %" for c, q in zip(order[:shown], p)]
-        print(f"{name:<{width}}  " + "  ".join(cells))
-    return 0 if len(pictures) == len(paths) else 1
+    guesses = [
+        {"file": name, "classes": {classes[c]: q for c, q in zip(order[:shown], p)}}
+        for name, p, order in zip(pictures, probabilities.tolist(), ranked.tolist())
+    ]
+    if config.json:
+        print(json.dumps(guesses, indent=1))
+    else:
+        width, class_width = max(map(len, pictures)), max(map(len, classes))
+        for guess in guesses:
+            cells = [f"{name:<{class_width}} {100 * q:5.1f} %" for name, q in guess["classes"].items()]
+            print(f"{guess['file']:<{width}}  " + "  ".join(cells))
+    return 0 if count == len(set(map(str, paths))) else 1
+
+
+def evaluate_checkpoint(config: Config, given: set[str]) -> None:
+    """Test a trained network again, as its run did, and draw its pictures again."""
+    device, path = choose_device(config.device), Path(config.checkpoint)
+    model, checkpoint, trained = load_trained(path, device)
+    as_trained = {name: getattr(trained, name) for name in ("dataset", "precision", "compile") if name not in given}
+    config = replace(config, **as_trained)
+    data = read_dataset(config.dataset, config.data_dir)
+    if data.classes != checkpoint["classes"]:
+        raise Problem(f"{path} knows other classes than {config.dataset}", 2)
+    constants = (data.classes, checkpoint["mean"], checkpoint["std"], EVAL_BATCH_SIZE)
+    loader = CifarLoader(data.test_images, data.test_labels, *constants, device=device)
+    precision = choose_precision(config.precision, device)
+    fuse_normalization(model, config.compile, device, precision)
+    figures, evaluation = test_figures(model, loader, precision)
+    if config.json:
+        print(json.dumps(figures, indent=1))
+    else:
+        print_test(f"{path} (epoch {checkpoint['epoch']}) on {figures['test_images']:,} test images", figures)
+        width = max(map(len, data.classes))
+        cells = [f"{name:<{width}} {value:5.1f} %" for name, value in figures["test_class_accuracy"].items()]
+        print("  accuracy by class", *("   ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)), sep="\n    ")
+    folder = Path(config.output_dir or path.parent)
+    title = f"{config.dataset}, {trained.model}, seed {trained.seed}"
+    pictures = save_pictures(folder, test_pictures(model, loader, evaluation, title, "test"))
+    print(f"wrote {', '.join(str(folder / name) for name in pictures)}", file=sys.stderr if config.json else sys.stdout)
+    if config.show:
+        show_pictures([folder / name for name in pictures])
+
+
+def print_layers(config: Config) -> None:
+    """The layers of a network, with shapes, parameters, multiply-adds and receptive field."""
+    folders = [p for p in Path(config.dataset, "train").glob("*") if p.is_dir()]
+    model = build_model(config, {"cifar10": 10, "cifar100": 100, "synthetic": 10}.get(config.dataset, len(folders)))
+    layers = summarize(model)
+    if config.json:
+        print(json.dumps(layers, indent=1))
+        return
+    print(f"{'layer':<14} {'type':<28} {'output':>12} {'parameters':>12} {'multiply-adds':>14} {'receptive field':>16}")
+    for row in layers:
+        shape = "x".join(map(str, row["output"]))
+        numbers = f"{row['parameters']:>12,} {row['multiply_adds']:>14,} {row['receptive_field'] or '':>16}"
+        print(f"{row['layer']:<14} {row['type']:<28} {shape:>12} {numbers}")
+    parameters, multiply_adds = (sum(row[key] for row in layers) for key in ("parameters", "multiply_adds"))
+    size = f"({parameters * 4e-6:.1f} MB in fp32)"
+    print(f"{'all':<14} {'':<28} {'':>12} {parameters:>12,} {multiply_adds:>14,}   {size}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1291,6 +1632,18 @@ class Run:
     history: list[dict[str, Any]]  # a row for each finished epoch
     best_epoch: int = 0
     best_weights: dict[str, Tensor] | None = None
+    tensorboard: Any = None
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """Of processes that train together, let the others wait until the first has done it."""
+    number, together = processes()
+    if number > 0:
+        distributed.barrier()
+    yield
+    if number == 0 and together > 1:
+        distributed.barrier()
 
 
 def prepare(config: Config, before: dict[str, Any]) -> Run:
@@ -1302,10 +1655,14 @@ def prepare(config: Config, before: dict[str, Any]) -> Run:
     device = choose_device(config.device)
     kept = before.get("precision_used") if config.precision == "auto" else None
     precision = choose_precision(kept if kept in ("fp32", "bf16") else config.precision, device)
-    loaders = get_cifar_data_loaders(
-        config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device
-    )
-    model = build_model(config.model, len(loaders[0].classes), config.norm, config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA's matrix products need for it
+        torch.use_deterministic_algorithms(True)
+    with first_process_first():  # it downloads
+        loaders = get_cifar_data_loaders(
+            config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device, config.inputs
+        )
+    model = build_model(config, len(loaders[0].classes))
     model.to(device, memory_format=torch.channels_last)
     wanted = "off" if config.compile == "auto" and not before.get("compiled", True) else config.compile
     fused = fuse_normalization(model, wanted, device, precision)
@@ -1350,6 +1707,8 @@ METRICS += ["images_per_second", "seconds"]
 
 def save_run(run: Run, new_best: bool) -> None:
     """Write last.pt, then best.pt and metrics.csv, which follow from it: a resumed run writes them again."""
+    if processes()[0] > 0:
+        return
     optimizer, loader = run.optimizer.state_dict(), run.train_loader
     optimizer["param_groups"] = [{**group, "lr": float(group["lr"])} for group in optimizer["param_groups"]]
     last = {"config": asdict(run.config), "hardware": run.hardware, "epoch": len(run.history), "history": run.history}
@@ -1369,8 +1728,10 @@ def save_run(run: Run, new_best: bool) -> None:
 
 def train(run: Run) -> None:
     """Train the epochs that are left, each followed by validation and a checkpoint."""
-    config, criterion = run.config, nn.CrossEntropyLoss()
-    step = CapturedStep() if run.device.type == "cuda" else train_step
+    config, criterion = run.config, nn.CrossEntropyLoss(label_smoothing=run.config.label_smoothing)
+    alone = processes()[1] == 1
+    model = run.model if alone else nn.parallel.DistributedDataParallel(run.model)
+    step = CapturedStep() if run.device.type == "cuda" and alone else train_step
     first_epoch, started = len(run.history) + 1, time.perf_counter()
     if first_epoch <= config.epochs:
         print("    epoch        lr  train loss  train acc  val loss   val acc  images/s     left")
@@ -1382,12 +1743,15 @@ def train(run: Run) -> None:
             batches = watched(run.train_loader, f"epoch {epoch}/{config.epochs}", stop)
             try:
                 train_loss, train_accuracy = train_one_epoch(
-                    run.model, batches, criterion, run.optimizer, run.device, run.precision, step
+                    model, batches, criterion, run.optimizer, run.device, run.precision, step
                 )
                 train_seconds = time.perf_counter() - epoch_started
                 validation = evaluate_model(run.model, run.val_loader, run.precision) if run.val_loader else None
                 if validation and not math.isfinite(validation.loss):
                     raise Problem(f"the validation loss is not finite, learning rate {lr:g}: try a lower --lr")
+            except RuntimeError:
+                stop.check()  # another process may have stopped first, and left this one alone
+                raise
             except Problem as problem:
                 raise Problem(f"epoch {epoch}: {problem}; {run.folder / 'last.pt'} holds the epochs before") from None
             run.scheduler.step()
@@ -1403,6 +1767,8 @@ def train(run: Run) -> None:
             save_run(run, is_best)
             left = (config.epochs - epoch) * (time.perf_counter() - started) / (epoch - first_epoch + 1)
             print_epoch(row, config.epochs, left, is_best)
+            if run.tensorboard:
+                log_epoch(run, row)
             stop.check()
 
 
@@ -1426,39 +1792,24 @@ def test(run: Run) -> dict[str, Any]:
         "images_per_second": statistics.median(row["images_per_second"] for row in run.history),
         "training_seconds": sum(row["seconds"] for row in run.history),
     }  # fmt: skip
-    loader, which, evaluation = run.test_loader, "test", None
+    loader, which = run.test_loader, "test"
     if not config.no_test:
-        count = len(loader.labels)
+        figures, evaluation = test_figures(best_model, loader, run.precision)
+        summary |= figures
+        summary["last_test_error"] = 100 - evaluate_model(run.model, loader, run.precision).top1
+        print_test(f"the best epoch ({run.best_epoch}) on {len(loader.labels):,} images, never seen before", summary)
+        print(f"  error of the last epoch, single view: {summary['last_test_error']:.2f} %")
+    else:
+        loader, which = (run.val_loader, "validation") if run.val_loader else (run.train_loader, "training")
         evaluation = evaluate_model(best_model, loader, run.precision)
-        multi_view = evaluate_model(best_model, loader, run.precision, TEN_VIEWS)
-        last = evaluate_model(run.model, loader, run.precision)
-        summary |= {
-            "test_images": count,
-            "test_error": 100 - evaluation.top1,
-            "test_error_interval": wilson_interval(100 - evaluation.top1, count),
-            "test_error_multi_view": 100 - multi_view.top1,
-            "test_error_multi_view_interval": wilson_interval(100 - multi_view.top1, count),
-            "test_loss": evaluation.loss,
-            "test_loss_multi_view": multi_view.loss,
-            "test_top3_error": 100 - evaluation.top3,
-            "test_top5_error": 100 - evaluation.top5,
-            "last_test_error": 100 - last.top1,
-        }
-        print_test(summary)
-    elif run.val_loader:
-        loader, which = run.val_loader, "validation"
-        evaluation = evaluate_model(best_model, loader, run.precision)
+    if processes()[0] > 0:
+        return summary
     write_atomically(run.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     title = f"{config.dataset}, {config.model}, seed {config.seed}"
     makers = {"curves.png": lambda: plot_results(run.history, run.best_epoch, title)}
-    if evaluation:
-        guesses, on = evaluation.log_probabilities, f"{title}, {which} set"
-        makers["predictions.png"] = lambda: plot_predictions(loader, guesses, on)
-        makers["confusion.png"] = lambda: plot_confusion_matrix(
-            loader.labels.cpu(), guesses.argmax(1), loader.classes, on
-        )
-    makers["filters.png"] = lambda: plot_filters(best_model.conv1.weight, title)
-    pictures = save_pictures(run.folder, makers)
+    pictures = save_pictures(run.folder, makers | test_pictures(best_model, loader, evaluation, title, which))
+    if run.tensorboard:
+        log_result(run, summary, pictures)
     print(f"wrote {run.folder}: {', '.join([*RUN_FILES, *pictures])}")
     print(f"use it: python {Path(__file__).name} --checkpoint {shlex.quote(str(run.folder / 'best.pt'))} --image FILE")
     if config.show:
@@ -1466,15 +1817,54 @@ def test(run: Run) -> dict[str, Any]:
     return summary
 
 
+def open_tensorboard(run: Run) -> None:
+    """Start TensorBoard's file anew, with the epochs that are behind a resumed run."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for old in run.folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    run.tensorboard = SummaryWriter(str(run.folder))
+    for row in run.history:
+        log_epoch(run, row)
+
+
+def log_epoch(run: Run, row: dict[str, Any]) -> None:
+    """The figures of an epoch, for TensorBoard: train_loss is loss/train there."""
+    for key, value in row.items():
+        if key != "epoch" and value is not None:
+            run.tensorboard.add_scalar("/".join(reversed(key.split("_", 1))), value, row["epoch"])
+    run.tensorboard.flush()
+
+
+def log_result(run: Run, summary: dict[str, Any], pictures: list[str]) -> None:
+    """The pictures, the hyperparameters and the result, for TensorBoard."""
+    for name in pictures:
+        picture = torchvision.io.read_image(str(run.folder / name), torchvision.io.ImageReadMode.RGB)
+        run.tensorboard.add_image(Path(name).stem, picture, summary["epochs"])
+    flags = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(run.config).items()}
+    results = {f"result/{k}": v for k, v in summary.items() if k in RESULTS and v is not None}
+    run.tensorboard.add_hparams(flags, results, run_name=".")
+    run.tensorboard.close()
+
+
+def same_for_all(make: Callable[[], Any]) -> Any:
+    """What `make` gives in the first of the processes that train together, in all of them."""
+    value = [make() if processes()[0] == 0 else None]
+    if processes()[1] > 1:
+        distributed.broadcast_object_list(value)
+    return value[0]
+
+
 def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
     """One run, from its first epoch or the last finished one to the test error. Returns what summary.json holds."""
     folder, saved = Path(config.output_dir), None
     last_file = Path(config.resume or folder / "last.pt")
-    if config.resume is not None and last_file.exists():
-        saved = load_checkpoint(last_file, RUN_FORMAT)
+    if config.resume is not None:
+        saved = same_for_all(lambda: load_checkpoint(last_file, RUN_FORMAT) if last_file.exists() else None)
+    if saved:
         with nothing_taken_for_granted(last_file):
-            config = agree_with_checkpoint(config, given, saved["config"], saved["epoch"], last_file)
-            before = {key: saved["hardware"][key] for key in HARDWARE}
+            config = agree_with_checkpoint(config, given, saved_config(saved), saved["epoch"], last_file)
+            before = {key: saved["hardware"][key] for key in HARDWARE if key != "processes" or key in saved["hardware"]}
         done = read_summary(folder) if config.seeds else None
         if done and done["epochs"] == config.epochs == saved["epoch"] and (config.no_test or "test_error" in done):
             print(f"{folder} is finished: taking its figures")
@@ -1491,10 +1881,12 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
             print(f"resuming {last_file} at epoch {epochs + 1}, learning rate {lr:g}")
         else:
             print(f"{last_file} is finished after {epochs} epochs: evaluating it")
-    elif config.overwrite:
+    elif config.overwrite and processes()[0] == 0:
         for name in (*RUN_FILES, *PICTURES):
             (folder / name).unlink(missing_ok=True)
     save_run(run, new_best=run.best_epoch > 0)  # so that a run killed in its first epoch can be resumed too
+    if config.tensorboard and processes()[0] == 0:
+        open_tensorboard(run)
     train(run)
     return test(run)
 
@@ -1548,39 +1940,50 @@ def print_epoch(row: dict, epochs: int, seconds_left: float, is_best: bool) -> N
     print(f"{number:>9} {row['learning_rate']:9.3g} {training} {validation} {rate} {left:>8}{mark}", flush=True)
 
 
-def print_test(summary: dict[str, Any]) -> None:
-    """The result of a run."""
+def print_test(title: str, figures: dict[str, Any]) -> None:
+    """What was measured on the test set."""
 
     def line(name: str, error: str) -> str:
-        low, high = summary[f"{error}_interval"]
-        return f"  error, {name:<12}  {summary[error]:6.2f} %  (95 % interval {low:.2f} to {high:.2f})\n"
+        low, high = figures[f"{error}_interval"]
+        return f"  error, {name:<12}  {figures[error]:6.2f} %  (95 % interval {low:.2f} to {high:.2f})\n"
 
     print(
-        f"\ntest of the best epoch ({summary['best_epoch']}) on {summary['test_images']:,} images, never seen before\n"
+        f"\ntest of {title}\n"
         f"{line('single view', 'test_error')}{line('10 views', 'test_error_multi_view')}"
-        f"  not in the top 3     {summary['test_top3_error']:6.2f} %\n"
-        f"  not in the top 5     {summary['test_top5_error']:6.2f} %\n"
-        f"  loss                 {summary['test_loss']:8.4f}\n"
-        f"  error of the last epoch, single view: {summary['last_test_error']:.2f} %"
+        f"  not in the top 3     {figures['test_top3_error']:6.2f} %\n"
+        f"  not in the top 5     {figures['test_top5_error']:6.2f} %\n"
+        f"  loss                 {figures['test_loss']:8.4f}"
     )
+
+
+RESULTS = {
+    "best_val_accuracy": "validation accuracy",
+    "test_error": "test error, single view",
+    "test_error_multi_view": "test error, 10 views",
+}
 
 
 def run_seeds(config: Config, given: set[str]) -> None:
     """Run seeds 0 to N-1, each in its own folder, and print the mean and the standard deviation of their results.
 
-    A seed that has been started goes on where it stopped; one that is finished is not run again.
+    A seed that has been started goes on where it stopped; one that is finished is not run again. Under torchrun each
+    process runs seeds of its own: they need nothing from each other, so that N processes do N times the work.
     """
-    summaries = []
-    for seed in range(config.seeds):
+    summaries, (number, together) = {}, launched()
+    for seed in range(number, config.seeds, together):
         one = replace(config, seed=seed, resume="")
         folder = Path(config.output_dir) / f"seed{seed}" if config.output_dir else default_folder(one)
         one = replace(one, output_dir=str(folder))
         print(f"\nseed {seed} of 0 to {config.seeds - 1}")
-        summaries.append(run_in_folder(one, given))
+        summaries[seed] = run_in_folder(one, given)
+    if together > 1:  # only now, to hand the results to the first process
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        parts: list[Any] = [None] * together
+        distributed.all_gather_object(parts, summaries)
+        summaries = {seed: summary for part in parts for seed, summary in part.items()}
     print(f"\n{config.seeds} seeds, mean ± standard deviation")
-    rows = {"best_val_accuracy": "validation accuracy", "test_error": "test error, single view"}
-    for key, name in {**rows, "test_error_multi_view": "test error, 10 views"}.items():
-        values = [summary[key] for summary in summaries if summary.get(key) is not None]
+    for key, name in RESULTS.items():
+        values = [summary[key] for summary in summaries.values() if summary.get(key) is not None]
         if values:
             deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
             print(f"  {name:<24} {statistics.mean(values):6.2f} ± {deviation:.2f} %   (n = {len(values)})")
@@ -1591,6 +1994,9 @@ def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
     folder = Path(config.output_dir)
     if config.resume and not Path(config.resume).is_file():
         raise Problem(f"--resume {config.resume}: no such file", 2)
+    if processes()[0] > 0:  # the first process holds the folder, and is the only one to write there
+        distributed.barrier()
+        return train_and_test(config, given)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         last_file = folder / "last.pt"
@@ -1601,7 +2007,22 @@ def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
             raise Problem(f"{folder} holds a run already: {ways}", 2)
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
+        if processes()[1] > 1:
+            distributed.barrier()
         return train_and_test(config, given)
+
+
+def launched() -> tuple[int, int]:
+    """The number of this process and how many torchrun has started; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def train_together(config: Config) -> None:
+    """Join the processes that torchrun has started; from now on `processes` counts them."""
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
 
 
 def command_to_go_on(config: Config, given: set[str]) -> str:
@@ -1610,7 +2031,7 @@ def command_to_go_on(config: Config, given: set[str]) -> str:
     for name in [option.name for option in fields(Config) if option.name in given - {"resume", "overwrite"}]:
         value = getattr(config, name)
         values = [] if value is True else value if isinstance(value, list) else [value]
-        words += ["--" + name.replace("_", "-"), *map(str, values)]
+        words += [flag_name(name), *map(str, values)]
     if config.resume and "output_dir" not in given:
         words += ["--output-dir", str(Path(config.resume).parent)]
     return shlex.join(words if config.seeds else [*words, "--resume"])
@@ -1655,12 +2076,14 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
         if rules.get("nargs") == "?":
             settings["const"] = ""
         settings |= {key: rules[key] for key in ("choices", "metavar", "nargs") if key in rules}
-        parser.add_argument("--" + option.name.replace("_", "-"), **settings)
+        parser.add_argument(flag_name(option.name), **settings)
     known = "|".join(option.name for option in fields(Config))
     hyphenated = [re.sub(rf"^--({known})(?=$|=)", lambda found: found[0].replace("_", "-"), word) for word in argv]
     given = vars(parser.parse_args(hyphenated))
     config = Config(**given)
     check_ranges(config, set(given))
+    if config.model not in MODELS_WITH_LRN:
+        config.norm = "none"
     return config, set(given)
 
 
@@ -1668,7 +2091,7 @@ def check_ranges(config: Config, given: set[str]) -> None:
     """Raises Problem for a value outside its range or choices, and for flags that exclude each other."""
     for option in fields(Config):
         value, rules = getattr(config, option.name), option.metadata
-        name = "--" + option.name.replace("_", "-")
+        name = flag_name(option.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise Problem(f"{name} {value}: must be a finite number", 2)
         if value is None:
@@ -1691,10 +2114,31 @@ def check_ranges(config: Config, given: set[str]) -> None:
         raise Problem("--seeds runs seeds 0 to N-1: it does not go together with --seed", 2)
     if config.seeds and (config.resume or config.overwrite):
         raise Problem("--seeds goes on by itself where it stopped: it takes neither --resume FILE nor --overwrite", 2)
-    if (config.image or config.image_dir) and not config.checkpoint:
-        raise Problem("--image and --image-dir need a trained network: --checkpoint FILE", 2)
-    if config.checkpoint and not (config.image or config.image_dir):
-        raise Problem("--checkpoint needs something to look at: --image FILE or --image-dir DIR", 2)
+    used_by = {"lrn_size": "norm", "lrn_alpha": "norm", "lrn_beta": "norm", "lrn_k": "norm"}
+    if config.model not in MODELS_WITH_LRN and (idle := sorted(given & {"norm", *used_by})):
+        raise Problem(f"{flag_name(idle[0])}: {config.model} has no local response normalisation", 2)
+    if config.norm == "none" and (idle := sorted(given & {*used_by})):
+        raise Problem(f"{flag_name(idle[0])} has no meaning with --norm none", 2)
+    if config.val_size == 0 and "select" in given:
+        raise Problem("--select needs validation images, and --val-size is 0", 2)
+    looking = config.evaluate + bool(config.image or config.image_dir)
+    if config.checkpoint and looking != 1:
+        raise Problem("--checkpoint needs something to do: --image FILE, --image-dir DIR, or --evaluate", 2)
+    for name in () if config.checkpoint else ("evaluate", "image", "image_dir", "show_all_probs", "json"):
+        if getattr(config, name) and not (name == "json" and config.summary):
+            raise Problem(f"{flag_name(name)} needs a trained network: --checkpoint FILE", 2)
+    if config.checkpoint and (idle := sorted(given - {*USES, *(EVALUATES if config.evaluate else PREDICTS)})):
+        raise Problem(f"{flag_name(idle[0])} has no meaning with --checkpoint", 2)
+
+
+USES = ("checkpoint", "json", "device", "precision")
+PREDICTS = ("image", "image_dir", "show_all_probs")
+EVALUATES = ("evaluate", "dataset", "data_dir", "compile", "output_dir", "show")
+
+
+def flag_name(name: str) -> str:
+    """How a field of `Config` is written on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1703,13 +2147,25 @@ def main(argv: list[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="replace")
+        if launched()[0] > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (one process prints)
         config, given = parse_arguments(sys.argv[1:] if argv is None else argv)
         keep_freed_memory()
-        if config.checkpoint:
+        if config.summary:
+            print_layers(config)
+            return 0
+        if config.checkpoint and not config.evaluate:
             return classify_pictures(config)
+        if config.checkpoint:
+            evaluate_checkpoint(config, given)
+            return 0
+        if config.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise Problem("--tensorboard needs a package: python -m pip install tensorboard", 2)
         if config.seeds:
             run_seeds(config, given)
             return 0
+        if launched()[1] > 1:
+            train_together(config)
         folder = config.output_dir or (Path(config.resume).parent if config.resume else default_folder(config))
         run_in_folder(replace(config, output_dir=str(folder)), given)
         return 0
@@ -1722,11 +2178,15 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         message, code = f"{error.filename or 'system'}: {error.strerror or error}", 1
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+            message, code = "out of memory: a lower --batch-size needs less", 1
+        elif processes()[1] > 1 and re.search("gloo|NCCL|[Cc]onnection|peer", str(error)):
+            message, code = f"another process of this run has ended. To go on:\n  {command_to_go_on(config, given)}", 1
+        else:
             raise  # a defect of this script, which its traceback shows
-        message, code = "out of memory: a lower --batch-size needs less", 1
     show_progress("")
-    print(f"error: {message}", file=sys.stderr)
+    if launched()[0] == 0 or code == 1:
+        print(f"error: {message}", file=sys.stderr)
     return code
 
 
