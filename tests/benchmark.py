@@ -170,7 +170,7 @@ def arithmetic_floor(script: Any, device: Any, precision: str) -> Advance:
     torch.backends.cudnn.benchmark = True
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     layout = {"device": device, "dtype": dtype, "memory_format": torch.channels_last}
-    model, calls = script.build_model("krizhevsky", 10, "none", 0).to(**layout), []
+    model, calls = script.build_model(script.Config(norm="none"), 10).to(**layout), []
 
     def record(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         x = inputs[0].detach().requires_grad_(bool(calls))

@@ -185,11 +185,13 @@ def test_flags_may_be_spelled_with_underscores(without_validation):
 
 def test_both_spellings_of_every_flag_are_the_same(ck):
     values = {bool: [], str: ["cpu"], float: ["0.5"], int: ["7"]}
-    needs = {"image": "--checkpoint", "image_dir": "--checkpoint", "checkpoint": "--image"}
+    checkpoint, image = ["--checkpoint", "file"], ["--image", "file"]
+    needs = {"image": checkpoint, "image_dir": checkpoint, "evaluate": checkpoint, "checkpoint": image}
+    needs |= {"show_all_probs": [*checkpoint, *image], "json": [*checkpoint, *image]}
     for option in fields(ck.Config):
         kind = next(kind for kind in values if kind.__name__ in str(option.type))
         value = [option.metadata["choices"][-1]] if "choices" in option.metadata else values[kind]
-        rest = [needs[option.name], "file"] if option.name in needs else []
+        rest = needs.get(option.name, [])
         hyphen, underscore = f"--{option.name.replace('_', '-')}", f"--{option.name}"
         config, given = ck.parse_arguments([hyphen, *value, *rest])
         assert (config, given) == ck.parse_arguments([underscore, *value, *rest])
@@ -201,7 +203,7 @@ def test_norm_none_trains_the_network_without_normalisation(ck, trained, without
     assert "norm none" in without_validation.out
     ours = without_validation.checkpoint("best.pt")
     assert ours["config"]["norm"] == "none"
-    ck.KrizhevskyNet(10, norm="none").load_state_dict(ours["model"])
+    ck.KrizhevskyNet(10, norm_layer=torch.nn.Identity).load_state_dict(ours["model"])
 
 
 def test_no_test_leaves_the_test_set_alone(ck, monkeypatch, tmp_path, capsys):

@@ -393,7 +393,7 @@ def synthetic(ck):
 
 
 def test_synthetic_classes_are_even(ck, synthetic):
-    for (_, labels), count in zip(synthetic, (20_000, 2_000), strict=True):
+    for (_, labels), count in zip(synthetic, (50_000, 2_000), strict=True):
         assert torch.bincount(labels).tolist() == [count // 10] * 10
     assert len(set(ck.SHAPE_CLASSES)) == 10
 
@@ -435,7 +435,7 @@ def test_a_linear_classifier_cannot_solve_synthetic(synthetic):
 
 def test_the_network_passes_90_percent_on_synthetic_within_two_epochs(tmp_path):
     result = run(
-        *("--dataset", "synthetic", "--epochs", "2", "--batch-size", "32", "--val-size", "500", "--output-dir", "out"),
+        *("--dataset", "synthetic", "--epochs", "2", "--output-dir", "out"),
         cwd=tmp_path,
         small=False,
         timeout=900,

@@ -175,7 +175,7 @@ def test_lrn_refuses_a_window_of_no_channels(ck, size):
 
 @pytest.mark.parametrize("norm", ["lrn", "none"])
 def test_every_layer_has_the_shape_of_the_docstring(ck, norm):
-    model, shapes = ck.KrizhevskyNet(norm=norm), {}
+    model, shapes = ck.build_model(ck.Config(norm=norm), 10), {}
     for name, layer in model.named_children():
         layer.register_forward_hook(lambda _, __, output, name=name: shapes.__setitem__(name, tuple(output.shape)))
     model(torch.zeros(2, 3, 32, 32))
@@ -208,7 +208,7 @@ def test_the_network_is_the_plain_composition_of_its_layers(ck):
 @pytest.mark.parametrize(("classes", "parameters"), [(10, 762_794), (100, 762_794 + 90 * 257)])
 def test_number_of_parameters(ck, classes, parameters):
     for norm in ("lrn", "none"):
-        assert sum(p.numel() for p in ck.KrizhevskyNet(classes, norm).parameters()) == parameters
+        assert sum(p.numel() for p in ck.build_model(ck.Config(norm=norm), classes).parameters()) == parameters
 
 
 def test_the_name_in_the_architecture_document_is_an_alias(ck):
@@ -216,7 +216,7 @@ def test_the_name_in_the_architecture_document_is_an_alias(ck):
 
 
 def test_norm_none_is_the_same_network_without_normalisation(ck):
-    with_norm, without = ck.build_model("krizhevsky", 10, "lrn"), ck.build_model("krizhevsky", 10, "none")
+    with_norm, without = (ck.build_model(ck.Config(norm=norm), 10) for norm in ("lrn", "none"))
     assert not any(isinstance(layer, ck.LocalResponseNormalization) for layer in without.modules())
     for a, b in zip(with_norm.state_dict().values(), without.state_dict().values(), strict=True):
         assert torch.equal(a, b)
@@ -225,7 +225,7 @@ def test_norm_none_is_the_same_network_without_normalisation(ck):
 
 
 def test_state_dict_has_plain_keys(ck):
-    model = ck.build_model("krizhevsky", 10)
+    model = ck.build_model(ck.Config(), 10)
     assert set(model.state_dict()) == WEIGHTS
     assert set(ck.weights_of(model)) == WEIGHTS
     for layer in (model.norm1, model.norm2):
@@ -234,7 +234,7 @@ def test_state_dict_has_plain_keys(ck):
 
 
 def test_a_seed_gives_always_the_same_weights_and_another_seed_others(ck):
-    weights = [ck.build_model("krizhevsky", 10, seed=seed).state_dict() for seed in (0, 0, 1)]
+    weights = [ck.build_model(ck.Config(seed=seed), 10).state_dict() for seed in (0, 0, 1)]
     for name in WEIGHTS:
         assert torch.equal(weights[0][name], weights[1][name])
         assert not torch.equal(weights[0][name], weights[2][name])
@@ -242,13 +242,13 @@ def test_a_seed_gives_always_the_same_weights_and_another_seed_others(ck):
 
 def test_building_a_model_leaves_the_global_random_state_alone(ck):
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    ck.build_model("krizhevsky", 10, seed=3)
+    ck.build_model(ck.Config(seed=3), 10)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
 def test_the_global_random_state_does_not_change_the_weights(ck):
     torch.manual_seed(1)
-    first = ck.build_model("krizhevsky", 10)
+    first = ck.build_model(ck.Config(), 10)
     torch.manual_seed(2)
-    assert torch.equal(first.fc1.weight, ck.build_model("krizhevsky", 10).fc1.weight)
+    assert torch.equal(first.fc1.weight, ck.build_model(ck.Config(), 10).fc1.weight)

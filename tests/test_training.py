@@ -139,7 +139,7 @@ def test_an_epoch_is_plain_sgd_over_its_batches(ck, loader, linear):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_network_learns_in_both_precisions(ck, precision):
-    model = ck.build_model("krizhevsky", 2)
+    model = ck.build_model(ck.Config(), 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     batches = DataLoader(separable(), batch_size=16)
     losses = [
