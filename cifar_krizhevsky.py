@@ -11,6 +11,7 @@ Train, on whatever the machine has (CUDA, MPS or CPU), and read the test error a
     python cifar_krizhevsky.py --dataset cifar100    # CIFAR-100
     python cifar_krizhevsky.py --resume              # go on after a stop; same bits as without it
     python cifar_krizhevsky.py --seeds 5             # five runs, mean and standard deviation
+    torchrun --nproc-per-node=2 cifar_krizhevsky.py  # on two GPUs together
 
 A first try without any download, on drawn shapes:
 
@@ -19,6 +20,7 @@ A first try without any download, on drawn shapes:
 Use the result:
 
     python cifar_krizhevsky.py --checkpoint runs/cifar10-krizhevsky-seed0/best.pt --image photo.jpg
+    python cifar_krizhevsky.py --checkpoint runs/cifar10-krizhevsky-seed0/best.pt --evaluate
 
 Every hyperparameter is one line of `Config` below. Edit it there or pass it as a flag: the two are the same thing.
 5,000 training images are held out (class-balanced, always the same ones); the epoch is chosen by them, and the test
@@ -642,6 +644,8 @@ def read_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
         train, test = (draw_shapes(count, seed) for seed, count in enumerate(SYNTHETIC_COUNTS, start=1))
         return Dataset(*train, *test, SHAPE_CLASSES, *channel_statistics(train[0]))
     if name not in SOURCES:
+        if not Path(name).is_dir():
+            raise Problem(f"--dataset {name}: none of cifar10, cifar100, synthetic, nor a folder with train/CLASS/*", 2)
         (*train, classes), (*test, test_classes) = (read_image_folder(Path(name) / part) for part in ("train", "test"))
         if strange := sorted(set(classes) ^ set(test_classes)):
             raise Problem(f"--dataset {name}: train and test have not the same classes ({', '.join(strange[:5])})", 2)
@@ -866,7 +870,8 @@ def train_step(
     Of processes that train together each has a share of the batch, perhaps an empty one. DistributedDataParallel takes
     the mean of their gradients; each mean loss is weighted for that to be the gradient of the whole batch.
     """
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    # an empty share stays in fp32, as which SyncBatchNorm exchanges the statistics of the others
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16" and len(labels) > 0):
         logits = model(images)
     loss = criterion(logits.float(), labels) if len(labels) else logits.float().sum()
     weight = 1.0
@@ -908,6 +913,8 @@ def train_one_epoch(
             break
     if together > 1:
         distributed.all_reduce(totals)
+        for buffer in model.buffers():  # of batch normalisation, which all then evaluate with the same
+            distributed.broadcast(buffer, 0)
     loss, correct, finite_steps, count = totals.tolist()
     if finite_steps < steps * together or not all(p.isfinite().all() for p in model.parameters()):
         lr, step_number = float(optimizer.param_groups[0]["lr"]), min(int(finite_steps / together) + 1, steps)
@@ -1562,8 +1569,8 @@ def classify_pictures(config: Config) -> int:
     return 0 if count == len(set(map(str, paths))) else 1
 
 
-def evaluate_checkpoint(config: Config, given: set[str]) -> None:
-    """Test a trained network again, as its run did, and draw its pictures again."""
+def evaluate_checkpoint(config: Config, given: set[str]) -> dict[str, Any]:
+    """Test a trained network again, as its run did, and draw its pictures again. Returns the figures."""
     device, path = choose_device(config.device), Path(config.checkpoint)
     model, checkpoint, trained = load_trained(path, device)
     as_trained = {name: getattr(trained, name) for name in ("dataset", "precision", "compile") if name not in given}
@@ -1576,25 +1583,28 @@ def evaluate_checkpoint(config: Config, given: set[str]) -> None:
     precision = choose_precision(config.precision, device)
     fuse_normalization(model, config.compile, device, precision)
     figures, evaluation = test_figures(model, loader, precision)
-    if config.json:
-        print(json.dumps(figures, indent=1))
-    else:
+    if not config.json:
         print_test(f"{path} (epoch {checkpoint['epoch']}) on {figures['test_images']:,} test images", figures)
         width = max(map(len, data.classes))
         cells = [f"{name:<{width}} {value:5.1f} %" for name, value in figures["test_class_accuracy"].items()]
         print("  accuracy by class", *("   ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)), sep="\n    ")
     folder = Path(config.output_dir or path.parent)
+    folder.mkdir(parents=True, exist_ok=True)
     title = f"{config.dataset}, {trained.model}, seed {trained.seed}"
     pictures = save_pictures(folder, test_pictures(model, loader, evaluation, title, "test"))
-    print(f"wrote {', '.join(str(folder / name) for name in pictures)}", file=sys.stderr if config.json else sys.stdout)
+    print(f"wrote {', '.join(str(folder / name) for name in pictures)}")
     if config.show:
         show_pictures([folder / name for name in pictures])
+    return figures
 
 
 def print_layers(config: Config) -> None:
     """The layers of a network, with shapes, parameters, multiply-adds and receptive field."""
     folders = [p for p in Path(config.dataset, "train").glob("*") if p.is_dir()]
-    model = build_model(config, {"cifar10": 10, "cifar100": 100, "synthetic": 10}.get(config.dataset, len(folders)))
+    known = {"cifar10": 10, "cifar100": 100, "synthetic": 10}
+    if not (classes := known.get(config.dataset, len(folders))):
+        raise Problem(f"--dataset {config.dataset}: none of {', '.join(known)}, nor a folder with train/CLASS/*", 2)
+    model = build_model(config, classes)
     layers = summarize(model)
     if config.json:
         print(json.dumps(layers, indent=1))
@@ -1664,6 +1674,11 @@ def prepare(config: Config, before: dict[str, Any]) -> Run:
         )
     model = build_model(config, len(loaders[0].classes))
     model.to(device, memory_format=torch.channels_last)
+    if processes()[1] > 1 and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:
+            print("note: batch normalisation sees the share of each process alone: other steps than one would take")
     wanted = "off" if config.compile == "auto" and not before.get("compiled", True) else config.compile
     fused = fuse_normalization(model, wanted, device, precision)
     hardware = describe_hardware(device, precision, fused)
@@ -1729,7 +1744,8 @@ def save_run(run: Run, new_best: bool) -> None:
 def train(run: Run) -> None:
     """Train the epochs that are left, each followed by validation and a checkpoint."""
     config, criterion = run.config, nn.CrossEntropyLoss(label_smoothing=run.config.label_smoothing)
-    alone = processes()[1] == 1
+    number, together = processes()
+    alone = together == 1
     model = run.model if alone else nn.parallel.DistributedDataParallel(run.model)
     step = CapturedStep() if run.device.type == "cuda" and alone else train_step
     first_epoch, started = len(run.history) + 1, time.perf_counter()
@@ -1739,7 +1755,7 @@ def train(run: Run) -> None:
         for epoch in range(first_epoch, config.epochs + 1):
             epoch_started, lr = time.perf_counter(), float(run.optimizer.param_groups[0]["lr"])
             run.train_loader.set_epoch(epoch)
-            torch.manual_seed(derive_seed(config.seed, epoch, 2))  # dropout
+            torch.manual_seed(derive_seed(config.seed, epoch, 2 + number))  # dropout, other units in each process
             batches = watched(run.train_loader, f"epoch {epoch}/{config.epochs}", stop)
             try:
                 train_loss, train_accuracy = train_one_epoch(
@@ -1779,7 +1795,7 @@ def test(run: Run) -> dict[str, Any]:
     best_model.load_state_dict(run.best_weights)
     summary = asdict(config) | run.hardware | {
         "milestones": drop_epochs(config),
-        "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
+        "command": command_line(replace(config, seeds=None)),
         "torchvision_version": torchvision.__version__,
         "numpy_version": np.__version__,
         "python_version": platform.python_version(),
@@ -1838,9 +1854,12 @@ def log_epoch(run: Run, row: dict[str, Any]) -> None:
 
 def log_result(run: Run, summary: dict[str, Any], pictures: list[str]) -> None:
     """The pictures, the hyperparameters and the result, for TensorBoard."""
+    from PIL import Image
+
     for name in pictures:
-        picture = torchvision.io.read_image(str(run.folder / name), torchvision.io.ImageReadMode.RGB)
-        run.tensorboard.add_image(Path(name).stem, picture, summary["epochs"])
+        with Image.open(run.folder / name) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        run.tensorboard.add_image(Path(name).stem, pixels, summary["epochs"], dataformats="HWC")
     flags = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(run.config).items()}
     results = {f"result/{k}": v for k, v in summary.items() if k in RESULTS and v is not None}
     run.tensorboard.add_hparams(flags, results, run_name=".")
@@ -1882,8 +1901,8 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
         else:
             print(f"{last_file} is finished after {epochs} epochs: evaluating it")
     elif config.overwrite and processes()[0] == 0:
-        for name in (*RUN_FILES, *PICTURES):
-            (folder / name).unlink(missing_ok=True)
+        for old in (*(folder / name for name in (*RUN_FILES, *PICTURES)), *folder.glob("events.out.tfevents.*")):
+            old.unlink(missing_ok=True)
     save_run(run, new_best=run.best_epoch > 0)  # so that a run killed in its first epoch can be resumed too
     if config.tensorboard and processes()[0] == 0:
         open_tensorboard(run)
@@ -2025,20 +2044,30 @@ def train_together(config: Config) -> None:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
 
 
-def command_to_go_on(config: Config, given: set[str]) -> str:
-    """The command that continues what was stopped: the same flags, and --resume."""
-    words = ["python", Path(__file__).name]
-    for name in [option.name for option in fields(Config) if option.name in given - {"resume", "overwrite"}]:
-        value = getattr(config, name)
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [flag_name(name), *map(str, values)]
-    if config.resume and "output_dir" not in given:
-        words += ["--output-dir", str(Path(config.resume).parent)]
-    return shlex.join(words if config.seeds else [*words, "--resume"])
+def command_line(config: Config) -> str:
+    """The command that makes this run from nothing: every flag that does not have its default."""
+    together = launched()[1] if config.seeds else processes()[1]
+    start = ["python"] if together == 1 else ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+    words = [*start, Path(__file__).name]
+    for option in fields(Config):
+        value = getattr(config, option.name)
+        implied = (option.metadata["default"], str(default_folder(config)) if option.name == "output_dir" else None)
+        idle = option.name == "norm" and config.model not in MODELS_WITH_LRN  # which have none, and no flag for it
+        if value not in implied and option.name not in ("resume", "overwrite") and not idle:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [flag_name(option.name), *map(str, values)]
+    return shlex.join(words)
+
+
+def command_to_go_on(config: Config) -> str:
+    """The command that continues a run which was stopped."""
+    if config.resume and not config.output_dir:
+        config = replace(config, output_dir=str(Path(config.resume).parent))
+    return command_line(config) + ("" if config.seeds else " --resume")
 
 
 def default_folder(config: Config) -> Path:
-    return Path("runs") / f"{config.dataset}-{config.model}-seed{config.seed}"
+    return Path("runs") / f"{Path(config.dataset).resolve().name}-{config.model}-seed{config.seed}"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -2151,13 +2180,18 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (one process prints)
         config, given = parse_arguments(sys.argv[1:] if argv is None else argv)
         keep_freed_memory()
+        if launched()[0] > 0 and (config.summary or config.checkpoint):
+            return 0
         if config.summary:
             print_layers(config)
             return 0
         if config.checkpoint and not config.evaluate:
             return classify_pictures(config)
         if config.checkpoint:
-            evaluate_checkpoint(config, given)
+            with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):
+                figures = evaluate_checkpoint(config, given)
+            if config.json:
+                print(json.dumps(figures, indent=1))
             return 0
         if config.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise Problem("--tensorboard needs a package: python -m pip install tensorboard", 2)
@@ -2173,7 +2207,7 @@ def main(argv: list[str] | None = None) -> int:
         message, code = str(problem), problem.exit_code
     except (Stopped, KeyboardInterrupt) as stop:
         show_progress("")
-        print(f"stopped; finished epochs are kept. To go on:\n  {command_to_go_on(config, given)}", flush=True)
+        print(f"stopped; finished epochs are kept. To go on:\n  {command_to_go_on(config)}", flush=True)
         return getattr(stop, "exit_code", 130)
     except OSError as error:
         message, code = f"{error.filename or 'system'}: {error.strerror or error}", 1
@@ -2181,12 +2215,13 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             message, code = "out of memory: a lower --batch-size needs less", 1
         elif processes()[1] > 1 and re.search("gloo|NCCL|[Cc]onnection|peer", str(error)):
-            message, code = f"another process of this run has ended. To go on:\n  {command_to_go_on(config, given)}", 1
+            message, code = f"another process of this run has ended. To go on:\n  {command_to_go_on(config)}", 1
         else:
             raise  # a defect of this script, which its traceback shows
     show_progress("")
-    if launched()[0] == 0 or code == 1:
-        print(f"error: {message}", file=sys.stderr)
+    if launched()[0] > 0:
+        time.sleep(5)  # if the first process has told the same, torchrun ends this one now
+    print(f"error: {message}", file=sys.stderr)
     return code
 
 
