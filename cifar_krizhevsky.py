@@ -1848,7 +1848,9 @@ def log_epoch(run: Run, row: dict[str, Any]) -> None:
     """The figures of an epoch, for TensorBoard: train_loss is loss/train there."""
     for key, value in row.items():
         if key != "epoch" and value is not None:
-            run.tensorboard.add_scalar("/".join(reversed(key.split("_", 1))), value, row["epoch"])
+            part, _, quantity = key.partition("_")
+            tag = f"{quantity}/{part}" if part in ("train", "val") else key
+            run.tensorboard.add_scalar(tag, value, row["epoch"])
     run.tensorboard.flush()
 
 
@@ -2152,7 +2154,8 @@ def check_ranges(config: Config, given: set[str]) -> None:
         raise Problem("--select needs validation images, and --val-size is 0", 2)
     looking = config.evaluate + bool(config.image or config.image_dir)
     if config.checkpoint and looking != 1:
-        raise Problem("--checkpoint needs something to do: --image FILE, --image-dir DIR, or --evaluate", 2)
+        wanted = "one thing to do at a time" if looking else "something to do"
+        raise Problem(f"--checkpoint needs {wanted}: --image FILE, --image-dir DIR, or --evaluate", 2)
     for name in () if config.checkpoint else ("evaluate", "image", "image_dir", "show_all_probs", "json"):
         if getattr(config, name) and not (name == "json" and config.summary):
             raise Problem(f"{flag_name(name)} needs a trained network: --checkpoint FILE", 2)

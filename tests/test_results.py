@@ -1,4 +1,4 @@
-"""The published results: every figure of the README's table is that of the run's files, and the weights give it again."""
+"""The published results: the figures of the README are those of the files, and the weights give them again."""
 
 import csv
 import json
