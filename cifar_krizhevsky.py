@@ -49,6 +49,7 @@ import json
 import math
 import os
 import platform
+import queue
 import re
 import shlex
 import shutil
@@ -751,15 +752,17 @@ def fetch_dataset(name: str, data_dir: Path) -> None:
     def wrong() -> list[str]:
         return [file for file, md5 in files.items() if not intact(str(folder / file), md5)]
 
-    if not (bad := wrong()):
+    if not wrong():
         return
     archive = data_dir / reader.filename
-    have_archive = intact(str(archive), reader.tgz_md5)
-    damaged = [folder / file for file in bad if (folder / file).exists()]
-    for path in damaged + [archive] * (archive.exists() and not have_archive):
-        print(f"{path}: damaged, its MD5 sum is not the official one")
     data_dir.mkdir(parents=True, exist_ok=True)
-    with locked(data_dir):
+    with locked(data_dir, wait=True):
+        if not (bad := wrong()):  # another run has fetched them meanwhile
+            return
+        have_archive = intact(str(archive), reader.tgz_md5)
+        damaged = [folder / file for file in bad if (folder / file).exists()]
+        for path in damaged + [archive] * (archive.exists() and not have_archive):
+            print(f"{path}: damaged, its MD5 sum is not the official one")
         if not have_archive:
             print(f"downloading {reader.filename} ({archive_bytes / 1e6:.0f} MB) to {data_dir}", flush=True)
             download(reader.filename, reader.tgz_md5, archive_bytes, data_dir)
@@ -784,7 +787,7 @@ def download(filename: str, md5: str, size: int, data_dir: Path) -> None:
     for mirror in MIRRORS:
         url = mirror.format(filename=filename)
         try:
-            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as answer, open(partial, "wb") as file:
+            with answer_of(url) as answer, open(partial, "wb") as file:
                 start, received = time.monotonic(), 0
                 while block := answer.read1(1 << 16):
                     file.write(block)
@@ -811,6 +814,26 @@ def download(filename: str, md5: str, size: int, data_dir: Path) -> None:
         f"could not download {filename} ({'; '.join(failures)}). Put this file ({size:,} bytes, MD5 {md5}) into "
         f"{data_dir} by hand, or try --dataset synthetic, which needs no download."
     )
+
+
+def answer_of(url: str) -> Any:
+    """urlopen with a limit on all of it; its own time-out begins anew with each byte of the headers."""
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=2 * DOWNLOAD_TIMEOUT)
+    except queue.Empty:
+        raise TimeoutError("no answer in time") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 SYNTHETIC_COUNTS = (50_000, 2_000)  # training and test images
@@ -1218,18 +1241,18 @@ def nothing_taken_for_granted(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold the folder for this process. The system lets go of the lock when the process ends, however it does."""
     with open(folder / ".lock", "a+b") as file:
         try:
             if os.name == "nt":
                 import msvcrt
 
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
 
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Problem(
                 f"another process is writing to {folder}: wait for it, or choose another --output-dir"

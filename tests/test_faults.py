@@ -516,6 +516,11 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
             if self.server.released.wait(0.02):
                 break
 
+    def mumbles(self, _: bytes) -> None:  # headers without end
+        self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Patience: ")
+        while not self.server.released.wait(0.02):
+            self.wfile.write(b"a")
+
     def endless(self, content: bytes) -> None:
         self.good(content, announced=0)
         while not self.server.released.is_set():
@@ -596,7 +601,7 @@ def assert_all_there(fake: FakeData, data: Path) -> None:
     }
 
 
-MISBEHAVIOURS = ["html", "missing", "broken", "altered", "short", "silent", "stalls", "drips"]
+MISBEHAVIOURS = ["html", "missing", "broken", "altered", "short", "silent", "stalls", "drips", "mumbles"]
 MISBEHAVIOURS += ["endless", "nonsense", "circles", "misleads", "refuses"]
 
 
@@ -671,6 +676,20 @@ def test_a_damaged_file_without_archive_or_network_is_named_and_not_used(
         load(ck, data)
     assert f"{path}: damaged" in capsys.readouterr().out
     fails("--data-dir", data, "--output-dir", data.parent / "run", "--val-size", 10, code=1)
+
+
+def test_of_two_runs_that_need_the_data_one_fetches_it_and_the_other_waits(ck, fake, server, data, monkeypatch):
+    use_mirrors(ck, server, monkeypatch, "silent", "good")
+    downloads = []
+    download = ck.download
+    monkeypatch.setattr(ck, "download", lambda *a: downloads.append(a) or download(*a))
+    threads = [threading.Thread(target=ck.fetch_dataset, args=("cifar10", data)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(downloads) == 1
+    assert_all_there(fake, data)
 
 
 def test_an_extraction_that_was_interrupted_is_completed(ck, fake, server, data, monkeypatch):
