@@ -180,8 +180,6 @@ class _Window(NamedTuple):
 # The normalisation and its gradient, as three passes over rows of channels. `x` is the input, zero-padded by the window
 # on both sides. All arithmetic is in fp32 or better, whatever the storage: in bf16, k + alpha/size * sum(x^2) rounds
 # to k, and the normalisation would silently become a constant.
-
-
 def _window_sum(padded: Tensor, channels: int) -> Tensor:
     return functools.reduce(torch.add, [padded[:, i : i + channels] for i in range(padded.size(1) - channels + 1)])
 
@@ -495,8 +493,76 @@ def summarize(model: nn.Module) -> list[dict[str, Any]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Small helpers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Problem(Exception):
+    """Something that the user can mend, told in one line; it ends the program with this exit code."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def derive_seed(*keys: int) -> int:
+    """A seed hashed from non-negative whole numbers, so that (1, 2) and (2, 1) have nothing in common."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+_last_shown = 0.0
+
+
+def show_progress(line: str) -> None:
+    """Show a line in place of the last one, on a terminal, five times a second at most; "" wipes it."""
+    global _last_shown
+    if sys.stdout.isatty() and (not line or time.monotonic() - _last_shown > 0.2):
+        _last_shown = time.monotonic() if line else 0.0
+        print(f"\r\x1b[K{line}", end="", flush=True)
+
+
+def launched() -> tuple[int, int]:
+    """The number of this process and how many torchrun has started; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are: more than one under torchrun only."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+
+
+def train_together(config: Config) -> None:
+    """Join the processes that torchrun has started; from now on `processes` counts them."""
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """Of processes that train together, let the others wait until the first has done it."""
+    number, together = processes()
+    if number > 0:
+        distributed.barrier()
+    yield
+    if number == 0 and together > 1:
+        distributed.barrier()
+
+
+def same_for_all(make: Callable[[], Any]) -> Any:
+    """What `make` gives in the first of the processes that train together, in all of them."""
+    value = [make() if processes()[0] == 0 else None]
+    if processes()[1] > 1:
+        distributed.broadcast_object_list(value)
+    return value[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Data
 # ----------------------------------------------------------------------------------------------------------------------
+
 
 PAD = 4  # black pixels on each side, from which 32x32 is cropped again: 81 positions
 SPLIT_SEED = 2009  # of the held-out images; a constant, so that all runs of all seeds hold out the same ones
@@ -526,25 +592,6 @@ SOURCES = {
     "cifar10": Source(torchvision.datasets.CIFAR10, 170_498_071, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Source(torchvision.datasets.CIFAR100, 169_001_437, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-
-
-class Problem(Exception):
-    """Something that the user can mend, told in one line; it ends the program with this exit code."""
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-def derive_seed(*keys: int) -> int:
-    """A seed hashed from non-negative whole numbers, so that (1, 2) and (2, 1) have nothing in common."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def processes() -> tuple[int, int]:
-    """The number of this process, from 0, and how many there are: more than one under torchrun only."""
-    together = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
 
 
 class CifarLoader:
@@ -881,7 +928,7 @@ def _draw_block(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training and evaluation
+# Training
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -986,6 +1033,164 @@ class CapturedStep:
         return graph, images, labels, result
 
 
+def momentum_buffers(optimizer: optim.Optimizer) -> list[Tensor]:
+    """The momentum of every parameter; zeros before the first step, which are what SGD begins with."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+    return [state["momentum_buffer"] for state in optimizer.state.values()]
+
+
+def drop_epochs(config: Config) -> list[int]:
+    """The epochs after which the learning rate drops: as given, or 30, 60 and 80 % of all.
+
+    None of them is 0, which MultiStepLR would apply at once.
+    """
+    if config.milestones is not None:
+        return sorted(set(config.milestones))
+    return sorted({max(1, round(fraction * config.epochs)) for fraction in (0.3, 0.6, 0.8)})
+
+
+@dataclass
+class Run:
+    """The parts of one training run, between the functions below."""
+
+    config: Config
+    folder: Path
+    device: torch.device
+    precision: str
+    hardware: dict[str, Any]
+    train_loader: CifarLoader
+    val_loader: CifarLoader | None
+    test_loader: CifarLoader
+    model: nn.Module
+    optimizer: optim.Optimizer
+    scheduler: optim.lr_scheduler.MultiStepLR
+    history: list[dict[str, Any]]  # a row for each finished epoch
+    best_epoch: int = 0
+    best_weights: dict[str, Tensor] | None = None
+    tensorboard: Any = None
+
+
+METRICS = ["epoch", "learning_rate", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
+METRICS += ["images_per_second", "seconds"]
+
+
+def train(run: Run) -> None:
+    """Train the epochs that are left, each followed by validation and a checkpoint."""
+    config, criterion = run.config, nn.CrossEntropyLoss(label_smoothing=run.config.label_smoothing)
+    number, together = processes()
+    alone = together == 1
+    model = run.model if alone else nn.parallel.DistributedDataParallel(run.model)
+    step = CapturedStep() if run.device.type == "cuda" and alone else train_step
+    first_epoch, started = len(run.history) + 1, time.perf_counter()
+    if first_epoch <= config.epochs:
+        print("    epoch        lr  train loss  train acc  val loss   val acc  images/s     left")
+    with StopRequests() as stop:
+        for epoch in range(first_epoch, config.epochs + 1):
+            epoch_started, lr = time.perf_counter(), float(run.optimizer.param_groups[0]["lr"])
+            run.train_loader.set_epoch(epoch)
+            torch.manual_seed(derive_seed(config.seed, epoch, 2 + number))  # dropout, other units in each process
+            batches = watched(run.train_loader, f"epoch {epoch}/{config.epochs}", stop)
+            try:
+                train_loss, train_accuracy = train_one_epoch(
+                    model, batches, criterion, run.optimizer, run.device, run.precision, step
+                )
+                train_seconds = time.perf_counter() - epoch_started
+                validation = evaluate_model(run.model, run.val_loader, run.precision) if run.val_loader else None
+                if validation and not math.isfinite(validation.loss):
+                    raise Problem(f"the validation loss is not finite, learning rate {lr:g}: try a lower --lr")
+            except RuntimeError:
+                stop.check()  # another process may have stopped first, and left this one alone
+                raise
+            except Problem as problem:
+                raise Problem(f"epoch {epoch}: {problem}; {run.folder / 'last.pt'} holds the epochs before") from None
+            run.scheduler.step()
+
+            row = {"epoch": epoch, "learning_rate": lr, "train_loss": train_loss, "train_accuracy": train_accuracy}
+            row["val_loss"] = validation.loss if validation else None
+            row["val_accuracy"] = validation.top1 if validation else None
+            row["images_per_second"] = len(run.train_loader.labels) / train_seconds
+            row["seconds"] = time.perf_counter() - epoch_started
+            run.history.append(row)
+            if is_best := not run.best_epoch or better(row, run.history[run.best_epoch - 1], config.select):
+                run.best_epoch, run.best_weights = epoch, weights_of(run.model)
+            save_run(run, is_best)
+            left = (config.epochs - epoch) * (time.perf_counter() - started) / (epoch - first_epoch + 1)
+            print_epoch(row, config.epochs, left, is_best)
+            if run.tensorboard:
+                log_epoch(run, row)
+            stop.check()
+
+
+def better(row: dict, than: dict, select: str) -> bool:
+    """Whether an epoch is better than another by its validation figures; without any, a later epoch is."""
+    if row["val_loss"] is None:
+        return True
+    return row["val_loss"] < than["val_loss"] if select == "loss" else row["val_accuracy"] > than["val_accuracy"]
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights on the CPU, laid out plainly."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM was received."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.exit_code = 128 + signal_number
+
+
+class StopRequests:
+    """While active, Ctrl-C and SIGTERM wait until the batch is done; a second one ends the process at once."""
+
+    def __enter__(self) -> "StopRequests":
+        self.received, self.handlers = None, {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: Any) -> None:
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raises Stopped if one has been received."""
+        if self.received:
+            raise Stopped(self.received)
+
+
+def watched(dataloader: CifarLoader, title: str, stop: StopRequests) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader, with a progress line on a terminal, and an end when a stop was asked for."""
+    start = time.perf_counter()
+    for number, batch in enumerate(dataloader, start=1):
+        yield batch
+        stop.check()
+        rate = number * dataloader.batch_size / (time.perf_counter() - start)
+        show_progress(f"{title}  batch {number}/{len(dataloader)}  {rate:,.0f} images/s")
+
+
+def print_epoch(row: dict, epochs: int, seconds_left: float, is_best: bool) -> None:
+    """The line of one epoch, under the header that `train` prints."""
+    show_progress("")
+    validation = f"{row['val_loss']:9.4f} {row['val_accuracy']:7.2f} %" if row["val_loss"] is not None else " " * 19
+    training = f"{row['train_loss']:11.4f} {row['train_accuracy']:8.2f} %"
+    number, left = f"{row['epoch']}/{epochs}", str(timedelta(seconds=round(seconds_left)))
+    rate, mark = f"{row['images_per_second']:9,.0f}", " *" if is_best else ""
+    print(f"{number:>9} {row['learning_rate']:9.3g} {training} {validation} {rate} {left:>8}{mark}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 class Evaluation(NamedTuple):
     """Mean cross-entropy loss; top-1, top-3 and top-5 accuracy in per cent; the (N, classes) log-probabilities."""
 
@@ -1056,22 +1261,20 @@ def test_figures(model: nn.Module, loader: CifarLoader, precision: str) -> tuple
     return figures, single
 
 
-def momentum_buffers(optimizer: optim.Optimizer) -> list[Tensor]:
-    """The momentum of every parameter; zeros before the first step, which are what SGD begins with."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-    return [state["momentum_buffer"] for state in optimizer.state.values()]
+def print_test(title: str, figures: dict[str, Any]) -> None:
+    """What was measured on the test set."""
 
+    def line(name: str, error: str) -> str:
+        low, high = figures[f"{error}_interval"]
+        return f"  error, {name:<12}  {figures[error]:6.2f} %  (95 % interval {low:.2f} to {high:.2f})\n"
 
-def drop_epochs(config: Config) -> list[int]:
-    """The epochs after which the learning rate drops: as given, or 30, 60 and 80 % of all.
-
-    None of them is 0, which MultiStepLR would apply at once.
-    """
-    if config.milestones is not None:
-        return sorted(set(config.milestones))
-    return sorted({max(1, round(fraction * config.epochs)) for fraction in (0.3, 0.6, 0.8)})
+    print(
+        f"\ntest of {title}\n"
+        f"{line('single view', 'test_error')}{line('10 views', 'test_error_multi_view')}"
+        f"  not in the top 3     {figures['test_top3_error']:6.2f} %\n"
+        f"  not in the top 5     {figures['test_top5_error']:6.2f} %\n"
+        f"  loss                 {figures['test_loss']:8.4f}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1169,6 +1372,7 @@ def describe_hardware(device: torch.device, precision: str, fused: bool) -> dict
 # Checkpoints: last.pt is the whole state of a run; everything else in its folder follows from it
 # ----------------------------------------------------------------------------------------------------------------------
 
+
 RUN_FORMAT, MODEL_FORMAT = "cifar_krizhevsky run 1", "cifar_krizhevsky model 1"
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "summary.json")
 PICTURES = ("curves.png", "predictions.png", "confusion.png", "filters.png")
@@ -1260,6 +1464,54 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         yield
 
 
+def save_run(run: Run, new_best: bool) -> None:
+    """Write last.pt, then best.pt and metrics.csv, which follow from it: a resumed run writes them again."""
+    if processes()[0] > 0:
+        return
+    optimizer, loader = run.optimizer.state_dict(), run.train_loader
+    optimizer["param_groups"] = [{**group, "lr": float(group["lr"])} for group in optimizer["param_groups"]]
+    last = {"config": asdict(run.config), "hardware": run.hardware, "epoch": len(run.history), "history": run.history}
+    last |= {"model": weights_of(run.model), "optimizer": optimizer}
+    last |= {"best_epoch": run.best_epoch, "best_model": run.best_weights}
+    save_checkpoint(run.folder / "last.pt", {"format": RUN_FORMAT, **last})
+    if new_best:
+        best = {"model": run.best_weights, "config": asdict(run.config), "classes": loader.classes}
+        best |= {"mean": list(loader.mean), "std": list(loader.std), "epoch": run.best_epoch}
+        save_checkpoint(run.folder / "best.pt", {"format": MODEL_FORMAT, **best})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, METRICS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(run.history)
+    write_atomically(run.folder / "metrics.csv", text.getvalue().encode())
+
+
+def restore(run: Run, saved: dict[str, Any]) -> None:
+    """Put a run where a last.pt was."""
+    run.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    for group in run.optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"], device=run.device) if run.device.type == "cuda" else group["lr"]
+        for parameter in group["params"]:
+            run.optimizer.state[parameter]["momentum_buffer"].view_as(parameter)  # of the same shape, or it raises
+    run.scheduler.load_state_dict({"last_epoch": saved["epoch"]})
+    run.history, run.best_epoch, run.best_weights = saved["history"], saved["best_epoch"], saved["best_model"]
+    if not len(run.history) == saved["epoch"] >= run.best_epoch >= min(1, saved["epoch"]):
+        raise ValueError("its epochs do not fit together")
+    for row in run.history:
+        if list(row) != METRICS or not all(isinstance(value, int | float | None) for value in row.values()):
+            raise ValueError("its history has other columns")
+    if run.best_epoch:
+        copy.deepcopy(run.model).load_state_dict(run.best_weights)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """What an earlier run wrote, if it finished."""
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def saved_config(checkpoint: dict[str, Any]) -> Config:
     """The configuration in a checkpoint. What an older script did not know has its default."""
     if "epochs" not in checkpoint["config"]:
@@ -1308,60 +1560,8 @@ def agree_with_checkpoint(config: Config, given: set[str], saved: Config, epoch:
     return Config(**merged)
 
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM was received."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.exit_code = 128 + signal_number
-
-
-class StopRequests:
-    """While active, Ctrl-C and SIGTERM wait until the batch is done; a second one ends the process at once."""
-
-    def __enter__(self) -> "StopRequests":
-        self.received, self.handlers = None, {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: Any) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def check(self) -> None:
-        """Raises Stopped if one has been received."""
-        if self.received:
-            raise Stopped(self.received)
-
-
-def watched(dataloader: CifarLoader, title: str, stop: StopRequests) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a loader, with a progress line on a terminal, and an end when a stop was asked for."""
-    start = time.perf_counter()
-    for number, batch in enumerate(dataloader, start=1):
-        yield batch
-        stop.check()
-        rate = number * dataloader.batch_size / (time.perf_counter() - start)
-        show_progress(f"{title}  batch {number}/{len(dataloader)}  {rate:,.0f} images/s")
-
-
-_last_shown = 0.0
-
-
-def show_progress(line: str) -> None:
-    """Show a line in place of the last one, on a terminal, five times a second at most; "" wipes it."""
-    global _last_shown
-    if sys.stdout.isatty() and (not line or time.monotonic() - _last_shown > 0.2):
-        _last_shown = time.monotonic() if line else 0.0
-        print(f"\r\x1b[K{line}", end="", flush=True)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Pictures and TensorBoard
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1495,6 +1695,41 @@ def show_pictures(paths: list[Path]) -> None:
         plt.show()
     except Exception as error:
         print(f"note: cannot show the pictures ({error})")
+
+
+def open_tensorboard(run: Run) -> None:
+    """Start TensorBoard's file anew, with the epochs that are behind a resumed run."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for old in run.folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    run.tensorboard = SummaryWriter(str(run.folder))
+    for row in run.history:
+        log_epoch(run, row)
+
+
+def log_epoch(run: Run, row: dict[str, Any]) -> None:
+    """The figures of an epoch, for TensorBoard: train_loss is loss/train there."""
+    for key, value in row.items():
+        if key != "epoch" and value is not None:
+            part, _, quantity = key.partition("_")
+            tag = f"{quantity}/{part}" if part in ("train", "val") else key
+            run.tensorboard.add_scalar(tag, value, row["epoch"])
+    run.tensorboard.flush()
+
+
+def log_result(run: Run, summary: dict[str, Any], pictures: list[str]) -> None:
+    """The pictures, the hyperparameters and the result, for TensorBoard."""
+    from PIL import Image
+
+    for name in pictures:
+        with Image.open(run.folder / name) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        run.tensorboard.add_image(Path(name).stem, pixels, summary["epochs"], dataformats="HWC")
+    flags = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(run.config).items()}
+    results = {f"result/{k}": v for k, v in summary.items() if k in RESULTS and v is not None}
+    run.tensorboard.add_hparams(flags, results, run_name=".")
+    run.tensorboard.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1643,40 +1878,8 @@ def print_layers(config: Config) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Main
+# Runs
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """The parts of one training run, between the functions below."""
-
-    config: Config
-    folder: Path
-    device: torch.device
-    precision: str
-    hardware: dict[str, Any]
-    train_loader: CifarLoader
-    val_loader: CifarLoader | None
-    test_loader: CifarLoader
-    model: nn.Module
-    optimizer: optim.Optimizer
-    scheduler: optim.lr_scheduler.MultiStepLR
-    history: list[dict[str, Any]]  # a row for each finished epoch
-    best_epoch: int = 0
-    best_weights: dict[str, Tensor] | None = None
-    tensorboard: Any = None
-
-
-@contextlib.contextmanager
-def first_process_first() -> Iterator[None]:
-    """Of processes that train together, let the others wait until the first has done it."""
-    number, together = processes()
-    if number > 0:
-        distributed.barrier()
-    yield
-    if number == 0 and together > 1:
-        distributed.barrier()
 
 
 def prepare(config: Config, before: dict[str, Any]) -> Run:
@@ -1720,95 +1923,23 @@ def prepare(config: Config, before: dict[str, Any]) -> Run:
     return run
 
 
-def restore(run: Run, saved: dict[str, Any]) -> None:
-    """Put a run where a last.pt was."""
-    run.model.load_state_dict(saved["model"])
-    run.optimizer.load_state_dict(saved["optimizer"])
-    for group in run.optimizer.param_groups:
-        group["lr"] = torch.tensor(group["lr"], device=run.device) if run.device.type == "cuda" else group["lr"]
-        for parameter in group["params"]:
-            run.optimizer.state[parameter]["momentum_buffer"].view_as(parameter)  # of the same shape, or it raises
-    run.scheduler.load_state_dict({"last_epoch": saved["epoch"]})
-    run.history, run.best_epoch, run.best_weights = saved["history"], saved["best_epoch"], saved["best_model"]
-    if not len(run.history) == saved["epoch"] >= run.best_epoch >= min(1, saved["epoch"]):
-        raise ValueError("its epochs do not fit together")
-    for row in run.history:
-        if list(row) != METRICS or not all(isinstance(value, int | float | None) for value in row.values()):
-            raise ValueError("its history has other columns")
-    if run.best_epoch:
-        copy.deepcopy(run.model).load_state_dict(run.best_weights)
-
-
-METRICS = ["epoch", "learning_rate", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
-METRICS += ["images_per_second", "seconds"]
-
-
-def save_run(run: Run, new_best: bool) -> None:
-    """Write last.pt, then best.pt and metrics.csv, which follow from it: a resumed run writes them again."""
-    if processes()[0] > 0:
-        return
-    optimizer, loader = run.optimizer.state_dict(), run.train_loader
-    optimizer["param_groups"] = [{**group, "lr": float(group["lr"])} for group in optimizer["param_groups"]]
-    last = {"config": asdict(run.config), "hardware": run.hardware, "epoch": len(run.history), "history": run.history}
-    last |= {"model": weights_of(run.model), "optimizer": optimizer}
-    last |= {"best_epoch": run.best_epoch, "best_model": run.best_weights}
-    save_checkpoint(run.folder / "last.pt", {"format": RUN_FORMAT, **last})
-    if new_best:
-        best = {"model": run.best_weights, "config": asdict(run.config), "classes": loader.classes}
-        best |= {"mean": list(loader.mean), "std": list(loader.std), "epoch": run.best_epoch}
-        save_checkpoint(run.folder / "best.pt", {"format": MODEL_FORMAT, **best})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, METRICS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(run.history)
-    write_atomically(run.folder / "metrics.csv", text.getvalue().encode())
-
-
-def train(run: Run) -> None:
-    """Train the epochs that are left, each followed by validation and a checkpoint."""
-    config, criterion = run.config, nn.CrossEntropyLoss(label_smoothing=run.config.label_smoothing)
-    number, together = processes()
-    alone = together == 1
-    model = run.model if alone else nn.parallel.DistributedDataParallel(run.model)
-    step = CapturedStep() if run.device.type == "cuda" and alone else train_step
-    first_epoch, started = len(run.history) + 1, time.perf_counter()
-    if first_epoch <= config.epochs:
-        print("    epoch        lr  train loss  train acc  val loss   val acc  images/s     left")
-    with StopRequests() as stop:
-        for epoch in range(first_epoch, config.epochs + 1):
-            epoch_started, lr = time.perf_counter(), float(run.optimizer.param_groups[0]["lr"])
-            run.train_loader.set_epoch(epoch)
-            torch.manual_seed(derive_seed(config.seed, epoch, 2 + number))  # dropout, other units in each process
-            batches = watched(run.train_loader, f"epoch {epoch}/{config.epochs}", stop)
-            try:
-                train_loss, train_accuracy = train_one_epoch(
-                    model, batches, criterion, run.optimizer, run.device, run.precision, step
-                )
-                train_seconds = time.perf_counter() - epoch_started
-                validation = evaluate_model(run.model, run.val_loader, run.precision) if run.val_loader else None
-                if validation and not math.isfinite(validation.loss):
-                    raise Problem(f"the validation loss is not finite, learning rate {lr:g}: try a lower --lr")
-            except RuntimeError:
-                stop.check()  # another process may have stopped first, and left this one alone
-                raise
-            except Problem as problem:
-                raise Problem(f"epoch {epoch}: {problem}; {run.folder / 'last.pt'} holds the epochs before") from None
-            run.scheduler.step()
-
-            row = {"epoch": epoch, "learning_rate": lr, "train_loss": train_loss, "train_accuracy": train_accuracy}
-            row["val_loss"] = validation.loss if validation else None
-            row["val_accuracy"] = validation.top1 if validation else None
-            row["images_per_second"] = len(run.train_loader.labels) / train_seconds
-            row["seconds"] = time.perf_counter() - epoch_started
-            run.history.append(row)
-            if is_best := not run.best_epoch or better(row, run.history[run.best_epoch - 1], config.select):
-                run.best_epoch, run.best_weights = epoch, weights_of(run.model)
-            save_run(run, is_best)
-            left = (config.epochs - epoch) * (time.perf_counter() - started) / (epoch - first_epoch + 1)
-            print_epoch(row, config.epochs, left, is_best)
-            if run.tensorboard:
-                log_epoch(run, row)
-            stop.check()
+def print_run(run: Run) -> None:
+    """What is trained on what, with what, on what, and where it goes."""
+    config, count = run.config, len(run.train_loader.labels)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    images = f"{count:,} training, {config.val_size:,} validation, {len(run.test_loader.labels):,} test images"
+    print(
+        f"data      {config.dataset}: {images} of {len(run.train_loader.classes)} classes\n"
+        f"network   {config.model}, norm {config.norm}, {parameters:,} parameters, seed {config.seed}\n"
+        f"training  {config.epochs} epochs of batches of {config.batch_size}, learning rate {config.lr:g}, "
+        f"x {config.gamma:g} after epochs {', '.join(map(str, drop_epochs(config)))}, "
+        f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}\n"
+        f"hardware  {run.device}, {run.hardware['processor']}, {run.precision}, "
+        f"{'compiled' if run.hardware['compiled'] else 'eager'}, PyTorch {torch.__version__}\n"
+        f"folder    {run.folder}"
+    )
+    if config.milestones and max(config.milestones) >= config.epochs:
+        print(f"note: milestone {max(config.milestones)} is not reached within {config.epochs} epochs")
 
 
 def test(run: Run) -> dict[str, Any]:
@@ -1856,49 +1987,6 @@ def test(run: Run) -> dict[str, Any]:
     return summary
 
 
-def open_tensorboard(run: Run) -> None:
-    """Start TensorBoard's file anew, with the epochs that are behind a resumed run."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    for old in run.folder.glob("events.out.tfevents.*"):
-        old.unlink()
-    run.tensorboard = SummaryWriter(str(run.folder))
-    for row in run.history:
-        log_epoch(run, row)
-
-
-def log_epoch(run: Run, row: dict[str, Any]) -> None:
-    """The figures of an epoch, for TensorBoard: train_loss is loss/train there."""
-    for key, value in row.items():
-        if key != "epoch" and value is not None:
-            part, _, quantity = key.partition("_")
-            tag = f"{quantity}/{part}" if part in ("train", "val") else key
-            run.tensorboard.add_scalar(tag, value, row["epoch"])
-    run.tensorboard.flush()
-
-
-def log_result(run: Run, summary: dict[str, Any], pictures: list[str]) -> None:
-    """The pictures, the hyperparameters and the result, for TensorBoard."""
-    from PIL import Image
-
-    for name in pictures:
-        with Image.open(run.folder / name) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-        run.tensorboard.add_image(Path(name).stem, pixels, summary["epochs"], dataformats="HWC")
-    flags = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(run.config).items()}
-    results = {f"result/{k}": v for k, v in summary.items() if k in RESULTS and v is not None}
-    run.tensorboard.add_hparams(flags, results, run_name=".")
-    run.tensorboard.close()
-
-
-def same_for_all(make: Callable[[], Any]) -> Any:
-    """What `make` gives in the first of the processes that train together, in all of them."""
-    value = [make() if processes()[0] == 0 else None]
-    if processes()[1] > 1:
-        distributed.broadcast_object_list(value)
-    return value[0]
-
-
 def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
     """One run, from its first epoch or the last finished one to the test error. Returns what summary.json holds."""
     folder, saved = Path(config.output_dir), None
@@ -1935,71 +2023,6 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
     return test(run)
 
 
-def print_run(run: Run) -> None:
-    """What is trained on what, with what, on what, and where it goes."""
-    config, count = run.config, len(run.train_loader.labels)
-    parameters = sum(p.numel() for p in run.model.parameters())
-    images = f"{count:,} training, {config.val_size:,} validation, {len(run.test_loader.labels):,} test images"
-    print(
-        f"data      {config.dataset}: {images} of {len(run.train_loader.classes)} classes\n"
-        f"network   {config.model}, norm {config.norm}, {parameters:,} parameters, seed {config.seed}\n"
-        f"training  {config.epochs} epochs of batches of {config.batch_size}, learning rate {config.lr:g}, "
-        f"x {config.gamma:g} after epochs {', '.join(map(str, drop_epochs(config)))}, "
-        f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}\n"
-        f"hardware  {run.device}, {run.hardware['processor']}, {run.precision}, "
-        f"{'compiled' if run.hardware['compiled'] else 'eager'}, PyTorch {torch.__version__}\n"
-        f"folder    {run.folder}"
-    )
-    if config.milestones and max(config.milestones) >= config.epochs:
-        print(f"note: milestone {max(config.milestones)} is not reached within {config.epochs} epochs")
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What an earlier run wrote, if it finished."""
-    try:
-        return json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights on the CPU, laid out plainly."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
-
-
-def better(row: dict, than: dict, select: str) -> bool:
-    """Whether an epoch is better than another by its validation figures; without any, a later epoch is."""
-    if row["val_loss"] is None:
-        return True
-    return row["val_loss"] < than["val_loss"] if select == "loss" else row["val_accuracy"] > than["val_accuracy"]
-
-
-def print_epoch(row: dict, epochs: int, seconds_left: float, is_best: bool) -> None:
-    """The line of one epoch, under the header that `train` prints."""
-    show_progress("")
-    validation = f"{row['val_loss']:9.4f} {row['val_accuracy']:7.2f} %" if row["val_loss"] is not None else " " * 19
-    training = f"{row['train_loss']:11.4f} {row['train_accuracy']:8.2f} %"
-    number, left = f"{row['epoch']}/{epochs}", str(timedelta(seconds=round(seconds_left)))
-    rate, mark = f"{row['images_per_second']:9,.0f}", " *" if is_best else ""
-    print(f"{number:>9} {row['learning_rate']:9.3g} {training} {validation} {rate} {left:>8}{mark}", flush=True)
-
-
-def print_test(title: str, figures: dict[str, Any]) -> None:
-    """What was measured on the test set."""
-
-    def line(name: str, error: str) -> str:
-        low, high = figures[f"{error}_interval"]
-        return f"  error, {name:<12}  {figures[error]:6.2f} %  (95 % interval {low:.2f} to {high:.2f})\n"
-
-    print(
-        f"\ntest of {title}\n"
-        f"{line('single view', 'test_error')}{line('10 views', 'test_error_multi_view')}"
-        f"  not in the top 3     {figures['test_top3_error']:6.2f} %\n"
-        f"  not in the top 5     {figures['test_top5_error']:6.2f} %\n"
-        f"  loss                 {figures['test_loss']:8.4f}"
-    )
-
-
 RESULTS = {
     "best_val_accuracy": "validation accuracy",
     "test_error": "test error, single view",
@@ -2033,6 +2056,10 @@ def run_seeds(config: Config, given: set[str]) -> None:
             print(f"  {name:<24} {statistics.mean(values):6.2f} ± {deviation:.2f} %   (n = {len(values)})")
 
 
+def default_folder(config: Config) -> Path:
+    return Path("runs") / f"{Path(config.dataset).resolve().name}-{config.model}-seed{config.seed}"
+
+
 def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
     """`train_and_test`, in a folder that is this process's alone and that holds no other run."""
     folder = Path(config.output_dir)
@@ -2056,17 +2083,14 @@ def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
         return train_and_test(config, given)
 
 
-def launched() -> tuple[int, int]:
-    """The number of this process and how many torchrun has started; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def train_together(config: Config) -> None:
-    """Join the processes that torchrun has started; from now on `processes` counts them."""
-    device = choose_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+def flag_name(name: str) -> str:
+    """How a field of `Config` is written on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def command_line(config: Config) -> str:
@@ -2089,10 +2113,6 @@ def command_to_go_on(config: Config) -> str:
     if config.resume and not config.output_dir:
         config = replace(config, output_dir=str(Path(config.resume).parent))
     return command_line(config) + ("" if config.seeds else " --resume")
-
-
-def default_folder(config: Config) -> Path:
-    return Path("runs") / f"{Path(config.dataset).resolve().name}-{config.model}-seed{config.seed}"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -2141,6 +2161,11 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
     return config, set(given)
 
 
+USES = ("checkpoint", "json", "device", "precision")
+PREDICTS = ("image", "image_dir", "show_all_probs")
+EVALUATES = ("evaluate", "dataset", "data_dir", "compile", "output_dir", "show")
+
+
 def check_ranges(config: Config, given: set[str]) -> None:
     """Raises Problem for a value outside its range or choices, and for flags that exclude each other."""
     for option in fields(Config):
@@ -2184,16 +2209,6 @@ def check_ranges(config: Config, given: set[str]) -> None:
             raise Problem(f"{flag_name(name)} needs a trained network: --checkpoint FILE", 2)
     if config.checkpoint and (idle := sorted(given - {*USES, *(EVALUATES if config.evaluate else PREDICTS)})):
         raise Problem(f"{flag_name(idle[0])} has no meaning with --checkpoint", 2)
-
-
-USES = ("checkpoint", "json", "device", "precision")
-PREDICTS = ("image", "image_dir", "show_all_probs")
-EVALUATES = ("evaluate", "dataset", "data_dir", "compile", "output_dir", "show")
-
-
-def flag_name(name: str) -> str:
-    """How a field of `Config` is written on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def main(argv: list[str] | None = None) -> int:
