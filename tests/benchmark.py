@@ -147,7 +147,7 @@ def this_script(script: Any, device: Any, args: argparse.Namespace, config: Any)
 
     if not has_cifar10(args.data_dir):
         script.get_cifar_data_loaders = random_loaders
-    run = script.prepare(config, None)
+    run = script.prepare(config, {})
     batches, criterion = full_batches(run.train_loader), torch.nn.CrossEntropyLoss()
     step = script.CapturedStep() if device.type == "cuda" else script.train_step
 
