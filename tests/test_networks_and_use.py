@@ -867,3 +867,48 @@ def test_without_tensorboard_one_line_says_how_to_install_it(fails, tmp_path, mo
     message = fails(*SMALL_RUN, "--tensorboard", "--output-dir", tmp_path / "run")
     assert "pip install tensorboard" in message
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_a_link_leads_to_again_counts_once_and_every_format_counts(ck, tmp_path):
+    images, labels = ck.draw_shapes(8, seed=1)
+    for part in ("train", "test"):
+        for image, label in zip(images, labels % 2, strict=True):
+            folder = tmp_path / part / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"{len(list(folder.iterdir()))}.{'gif' if label else 'png'}"
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / name)
+        (tmp_path / part / "class0" / "again").symlink_to(".")
+    data = ck.read_dataset(str(tmp_path))
+    assert (len(data.images), len(data.test_images)) == (8, 8)
+
+
+def test_a_colour_that_is_the_same_everywhere_does_not_divide_by_zero(ck):
+    images = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
+    images[:, 2] = 0
+    assert ck.channel_statistics(images)[1][2] == pytest.approx(1 / 255)
+
+
+def test_a_run_is_not_resumed_on_other_pictures_or_classes(ck, tmp_path, capsys):
+    images, labels = ck.draw_shapes(40, seed=1)
+    for part in ("train", "test"):
+        for number, (image, label) in enumerate(zip(images, labels % 2, strict=True)):
+            folder = tmp_path / "set" / part / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+    flags = [
+        "--dataset",
+        str(tmp_path / "set"),
+        "--val-size",
+        "4",
+        "--compile",
+        "off",
+        "--no-test",
+        "--milestones",
+        "1",
+    ]
+    flags += ["--output-dir", str(tmp_path / "run")]
+    assert ck.main([*flags, "--epochs", "1"]) == 0
+    next((tmp_path / "set" / "train" / "class0").iterdir()).unlink()
+    capsys.readouterr()
+    assert ck.main([*flags, "--epochs", "2", "--resume"]) == 1
+    assert "other images or classes" in capsys.readouterr().err
