@@ -5,7 +5,9 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import ROOT, run
+from PIL import Image
 
 RESULTS = sorted(path.parent for path in (ROOT / "results").glob("*/summary.json"))
 NUMBER = r"[\d,]+(?:\.\d+)?(?:e-?\d+)?"
@@ -71,3 +73,31 @@ def test_the_published_weights_give_the_published_error_again(folder, request, t
     for key in ("test_error", "test_error_multi_view", "test_top5_error"):
         assert figures[key] == pytest.approx(summary[key], abs=0.1)
     assert figures["test_loss"] == pytest.approx(summary["test_loss"], rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def evaluated(ck, cifar10_dir):
+    """The real test set, and the classes that the published weights see in its images."""
+    device, data = torch.device("cpu"), ck.read_dataset("cifar10", cifar10_dir)
+    model, checkpoint, config = ck.load_trained(ROOT / "results" / "cifar10-default" / "best.pt", device)
+    constants = (data.classes, checkpoint["mean"], checkpoint["std"], ck.EVAL_BATCH_SIZE)
+    loader = ck.CifarLoader(data.test_images, data.test_labels, *constants)
+    guesses = ck.predict(model, loader, ck.choose_precision(config.precision, device)).argmax(1)
+    return data.test_images, [data.classes[guess] for guess in guesses]
+
+
+@pytest.mark.parametrize(("suffix", "options"), [("png", {}), ("jpg", {"quality": 90})])
+def test_the_whole_test_set_as_files_is_seen_as_the_readme_says(suffix, options, evaluated, tmp_path):
+    images, classes = evaluated
+    for number, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number:05d}.{suffix}", **options)
+    flags = ("--checkpoint", ROOT / "results" / "cifar10-default" / "best.pt", "--image-dir", tmp_path, "--json")
+    result = run(*flags, "--device", "cpu", cwd=tmp_path, small=False, timeout=600)
+    assert result.returncode == 0, result.stderr
+    seen = [next(iter(guess["classes"])) for guess in json.loads(result.stdout)]
+    agree = sum(a == b for a, b in zip(seen, classes, strict=True))
+    if suffix == "png":
+        assert agree == 10_000
+    else:
+        said = re.search(r"of the JPEG files\s+\(quality 90\) ([\d,]+)", (ROOT / "README.md").read_text())
+        assert agree == pytest.approx(int(said[1].replace(",", "")), abs=30)  # versions of Pillow differ a little
