@@ -82,7 +82,7 @@ from torch.nn import functional as F
 
 
 def flag(default: Any, help: str, **rules: Any) -> Any:
-    """One line of `Config`: its default, what it means, and the values it takes (least, above, below, choices).
+    """One entry of `Config`: its default, what it means, and the values it takes (least, above, below, choices).
 
     `free=True` marks what a resumed run may change; everything else is part of what the run computes. `group` begins a
     new group of flags in --help.
@@ -1537,7 +1537,7 @@ def save_run(run: Run, new_best: bool) -> None:
 
 
 def describe_data(loader: CifarLoader) -> dict[str, Any]:
-    """By which a run that is resumed sees whether it is on the same data."""
+    """What must be the same where a run is resumed: the classes, the number of images, and their statistics."""
     constants = {"mean": list(loader.mean), "std": list(loader.std)}
     return {"classes": loader.classes, "images": len(loader.labels), **constants}
 
@@ -2001,8 +2001,7 @@ def prepare(config: Config, before: dict[str, Any]) -> Run:
     momentum_buffers(optimizer)
     # not optim.MultiStepLR, as the architecture document has it: that does not exist
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, drop_epochs(config), config.gamma)
-    run = Run(config, Path(config.output_dir), device, precision, hardware, *loaders, model, optimizer, scheduler, [])
-    return run
+    return Run(config, Path(config.output_dir), device, precision, hardware, *loaders, model, optimizer, scheduler, [])
 
 
 def print_run(run: Run) -> None:
@@ -2140,6 +2139,7 @@ def run_seeds(config: Config, given: set[str]) -> None:
 
 
 def default_folder(config: Config) -> Path:
+    """Where a run goes without --output-dir; of a data set that is a folder, the name of the folder counts."""
     built_in = config.dataset in (*SOURCES, "synthetic")
     dataset = config.dataset if built_in else Path(config.dataset).resolve().name
     return Path("runs") / f"{dataset}-{config.model}-seed{config.seed}"
@@ -2223,7 +2223,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
     parser = OneLineParser(
         description=__doc__.split("\n\n")[0], formatter_class=formatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        epilog="Flags may be written with - or _. Every default is a line of Config, at the top of the file.",
+        epilog="Flags may be written with - or _. Every default is an entry of Config, at the top of the file.",
     )  # fmt: skip
     group: Any = parser
     for option in fields(Config):
