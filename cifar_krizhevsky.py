@@ -188,10 +188,11 @@ class Config:
 
 
 class _Window(NamedTuple):
-    """The constants of one normalisation: channels to the left of the centre, number of channels, alpha, beta, k."""
+    """The constants of one normalisation; `before`: channels of the window to the left of its centre."""
 
     before: int
     channels: int
+    relu: bool
     alpha_over_size: float
     beta: float
     k: float
@@ -201,8 +202,8 @@ class _Window(NamedTuple):
 #     y_c = x_c s_c
 #     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum of (g_i x_i s_i / d_i) over the channels i whose window has c
 # where g = dL/dy. It is written by hand, as three passes over rows of channels, because autograd through torch.compile
-# is several times slower. `x` is zero-padded by the window on both sides. All arithmetic is in fp32 or better, whatever
-# the storage: bf16 would round d to k, and the normalisation would silently become a constant.
+# is several times slower. Each writes `out`; `x` is zero-padded by the window on both sides. All arithmetic is in fp32
+# or better, whatever the storage: bf16 would round d to k, and the normalisation would silently become a constant.
 
 
 def _window_sum(padded: Tensor, channels: int) -> Tensor:
@@ -217,56 +218,70 @@ def _centre_denominator_scale(w: _Window, x: Tensor) -> tuple[Tensor, Tensor, Te
     return x[:, w.before : w.before + w.channels], denominator, scale
 
 
-def _lrn_output(w: _Window, x: Tensor) -> Tensor:
+def _lrn_output(w: _Window, out: Tensor, x: Tensor) -> None:
     centre, _, scale = _centre_denominator_scale(w, x)
-    return (centre * scale).to(x.dtype)
+    out.copy_(centre * scale)
 
 
-def _lrn_cross_term(w: _Window, x: Tensor, grad: Tensor) -> Tensor:
+def _lrn_cross_term(w: _Window, out: Tensor, x: Tensor, grad: Tensor) -> None:
     centre, denominator, scale = _centre_denominator_scale(w, x)
-    return (grad * centre * scale / denominator).to(x.dtype)
+    out.copy_(grad * centre * scale / denominator)
 
 
-def _lrn_gradient(w: _Window, x: Tensor, grad: Tensor, cross: Tensor) -> Tensor:
+def _lrn_gradient(w: _Window, out: Tensor, x: Tensor, grad: Tensor, cross: Tensor) -> None:
     centre, _, scale = _centre_denominator_scale(w, x)
     others = _window_sum(cross.to(centre.dtype), w.channels)
-    return (grad * scale - 2 * w.alpha_over_size * w.beta * centre * others).to(x.dtype)
+    grad = grad * scale - 2 * w.alpha_over_size * w.beta * centre * others
+    out.copy_(torch.where(centre > 0, grad, 0) if w.relu else grad)
 
 
 @functools.cache
-def _fused(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _fused(kernel: Callable[..., None]) -> Callable[..., None]:
     return torch.compile(kernel, dynamic=False)
 
 
-def _by_rows(kernel: Callable[..., Tensor], fused: bool, window: _Window, *rows: Tensor) -> Tensor:
-    """Apply one of the passes above: as one fused loop, or eagerly in blocks of rows that stay in the cache."""
-    if not fused:
-        return torch.cat([kernel(window, *block) for block in zip(*(r.split(4096) for r in rows))])
-    for r in rows:  # one kernel for any number of rows: no batch, the short last one included, switches to another
-        torch._dynamo.maybe_mark_dynamic(r, 0)
-    return _fused(kernel)(window, *rows)
+def _by_rows(kernel: Callable[..., None], fused: bool, window: _Window, *rows: Tensor) -> Tensor:
+    """Have a pass write the first of `rows`, as one fused loop or eagerly in blocks that fit the cache; returns it."""
+    if fused:
+        for r in rows:  # one kernel for any number of rows: no batch, the short last one included, switches to another
+            torch._dynamo.maybe_mark_dynamic(r, 0)
+        _fused(kernel)(window, *rows)
+    else:
+        for block in zip(*(r.split(4096) for r in rows)):
+            kernel(window, *block)
+    return rows[0]
+
+
+def _padded(rows: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
+    """Zeros as wide as `rows` and the margins, and the view of them between the margins."""
+    padded = rows.new_zeros(rows.size(0), before + rows.size(1) + after)
+    return padded, padded[:, before : before + rows.size(1)]
 
 
 class _LRNFunction(torch.autograd.Function):
     """Local response normalisation with its gradient written out: only the input is kept for it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, size: int, alpha: float, beta: float, k: float, fused: bool) -> Tensor:
+    def forward(ctx, x: Tensor, size: int, alpha: float, beta: float, k: float, fused: bool, relu: bool) -> Tensor:
         n, c, h, w = x.shape
-        ctx.window, ctx.size, ctx.fused = _Window(size // 2, c, alpha / size, beta, k), size, fused
-        rows = F.pad(x.permute(0, 2, 3, 1).reshape(-1, c), (size // 2, (size - 1) // 2))
-        ctx.save_for_backward(rows)
-        return _by_rows(_lrn_output, fused, ctx.window, rows).view(n, h, w, c).permute(0, 3, 1, 2)
+        ctx.window, ctx.fused = _Window(size // 2, c, relu, alpha / size, beta, k), fused
+        ctx.margins = size // 2, (size - 1) // 2
+        x = x.permute(0, 2, 3, 1).reshape(-1, c)
+        padded, centre = _padded(x, *ctx.margins)
+        torch.clamp_min(x, 0, out=centre) if relu else centre.copy_(x)
+        ctx.save_for_backward(padded)
+        output = _by_rows(_lrn_output, fused, ctx.window, torch.empty_like(x), padded)
+        return output.view(n, h, w, c).permute(0, 3, 1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,), (n, c, h, w) = ctx.saved_tensors, grad.shape
+        (x,), (n, c, h, w) = ctx.saved_tensors, grad.shape
         grad = grad.permute(0, 2, 3, 1).reshape(-1, c)
-        cross = _by_rows(_lrn_cross_term, ctx.fused, ctx.window, rows, grad)
-        cross = F.pad(cross, ((ctx.size - 1) // 2, ctx.size // 2))  # the window, seen from the other side
-        grad = _by_rows(_lrn_gradient, ctx.fused, ctx.window, rows, grad, cross)
-        return grad.view(n, h, w, c).permute(0, 3, 1, 2), None, None, None, None, None
+        cross, centre = _padded(grad, *reversed(ctx.margins))  # the window, seen from the other side
+        _by_rows(_lrn_cross_term, ctx.fused, ctx.window, centre, x, grad)
+        grad = _by_rows(_lrn_gradient, ctx.fused, ctx.window, torch.empty_like(grad), x, grad, cross)
+        return grad.view(n, h, w, c).permute(0, 3, 1, 2), *[None] * 6
 
 
 class LocalResponseNormalization(nn.Module):
@@ -292,19 +307,22 @@ class LocalResponseNormalization(nn.Module):
         if size < 1:
             raise ValueError(f"size must be at least 1, not {size}")
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
-        self.fused = False
+        self.fused = self.relu = False
 
-    def fuse(self) -> None:
-        """From now on run each pass as one loop made by torch.compile (needs a C++ compiler, or Triton on CUDA)."""
-        self.fused = True
+    def fuse(self, relu: bool = False) -> None:
+        """From now on run each pass as one loop made by torch.compile (needs a C++ compiler, or Triton on CUDA).
+
+        With `relu` these passes also apply the ReLU that came before the layer, which then has to be taken out.
+        """
+        self.fused, self.relu = True, relu
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
             raise ValueError(f"expected an input of shape (N, C, H, W), not {tuple(x.shape)}")
-        return _LRNFunction.apply(x, self.size, self.alpha, self.beta, self.k, self.fused)
+        return _LRNFunction.apply(x, self.size, self.alpha, self.beta, self.k, self.fused, self.relu)
 
     def extra_repr(self) -> str:
-        return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
+        return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}" + ", relu" * self.relu
 
 
 class KrizhevskyNet(nn.Module):
@@ -1370,13 +1388,14 @@ def fuse_normalization(model: nn.Module, wanted: str, device: torch.device, prec
     """Have torch.compile fuse the normalisation layers, if wanted and possible; says in one line why it is not.
 
     It is tried here on a small input, so that a missing or broken compiler shows before training and not within it.
+    A ReLU that is defined just before such a layer is fused with it, and an nn.Identity takes its place.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LocalResponseNormalization)]
     if not layers or wanted == "off" or (wanted == "auto" and device.type == "mps"):
         return False
     try:
         trial = LocalResponseNormalization(**{k: getattr(layers[0], k) for k in ("size", "alpha", "beta", "k")})
-        trial.fuse()
+        trial.fuse(relu=True)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         images = torch.rand(2, 96, 5, 5, device=device, dtype=dtype).requires_grad_()
         trial(images).sum().backward()
@@ -1386,8 +1405,11 @@ def fuse_normalization(model: nn.Module, wanted: str, device: torch.device, prec
             raise Problem(f"--compile on: torch.compile does not work here ({reason})", 2) from None
         print(f"note: running without torch.compile, several times slower on a CPU ({reason})")
         return False
-    for layer in layers:
-        layer.fuse()
+    for (name, previous), (_, layer) in itertools.pairwise([("", None), *model.named_modules()]):
+        if isinstance(layer, LocalResponseNormalization):
+            layer.fuse(relu=isinstance(previous, nn.ReLU))
+            if layer.relu:
+                model.set_submodule(name, nn.Identity())
     return True
 
 

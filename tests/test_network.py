@@ -233,6 +233,25 @@ def test_state_dict_has_plain_keys(ck):
     assert set(model.state_dict()) == WEIGHTS
 
 
+@pytest.mark.parametrize("name", ["krizhevsky", "alexnet"])
+def test_a_fused_network_is_the_same_network(ck, name):
+    fused, eager = (ck.build_model(ck.Config(model=name, norm="lrn", lrn_alpha=0.5), 10) for _ in range(2))
+    try:
+        assert ck.fuse_normalization(fused, "on", torch.device("cpu"), "fp32")
+    except ck.Problem as problem:
+        pytest.skip(str(problem))
+    results = []
+    for model in (fused, eager):
+        images = rand(2, 3, 32, 32, scale=2).contiguous(memory_format=torch.channels_last).requires_grad_()
+        logits = model.to(memory_format=torch.channels_last).eval()(images)
+        logits.backward(rand(*logits.shape, seed=1))
+        results.append([logits, images.grad, *(parameter.grad for parameter in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-4)
+    assert results[0][1].abs().max() > 0
+    assert list(fused.state_dict()) == list(eager.state_dict())
+
+
 def test_a_seed_gives_always_the_same_weights_and_another_seed_others(ck):
     weights = [ck.build_model(ck.Config(seed=seed), 10).state_dict() for seed in (0, 0, 1)]
     for name in WEIGHTS:
