@@ -448,7 +448,8 @@ class CompactNet(nn.Module):
     """Dilated, depthwise separable and residual blocks with batch normalisation; 0.4 M parameters.
 
     Input (N, 3, 32, 32) float, normalised; output (N, num_classes) logits. A value before the global average pooling
-    depends on 46x46 pixels, more than the image has.
+    depends on 46x46 pixels, more than the image has. Dropout is of whole channels: drawing a mask for every value takes
+    half of the time of a step on a CPU.
 
         dilated, rate 2         (N,  32, 32, 32)   max-pool 2x2   (N,  32, 16, 16)
         depthwise separable     (N,  64, 16, 16)   max-pool 2x2   (N,  64,  8,  8)
@@ -463,7 +464,7 @@ class CompactNet(nn.Module):
             if separable:
                 depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
                 convolution = [depthwise, nn.Conv2d(inputs, outputs, 1, bias=False)]
-            return nn.Sequential(*convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), nn.Dropout(dropout))
+            return nn.Sequential(*convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), nn.Dropout2d(dropout))
 
         self.stem = block(3, 32)
         self.dilated1, self.dilated2 = block(32, 32, dilation=2), block(32, 32, dilation=2)

@@ -193,7 +193,7 @@ def test_every_block_of_compact_has_batch_normalisation_and_3_percent_dropout(ck
         *convolutions, norm, relu, dropout = block
         assert convolutions and all(isinstance(layer, nn.Conv2d) and layer.bias is None for layer in convolutions)
         assert isinstance(norm, nn.BatchNorm2d) and isinstance(relu, nn.ReLU)
-        assert isinstance(dropout, nn.Dropout) and dropout.p == 0.03
+        assert isinstance(dropout, nn.Dropout2d) and dropout.p == 0.03
 
 
 def test_compact_has_dilated_and_depthwise_separable_convolutions(ck):
