@@ -3,6 +3,7 @@
 
     python tests/benchmark.py                                     # three rounds, on what the machine has
     python tests/benchmark.py --rounds 5 --json figures.json      # with all raw figures
+    python tests/benchmark.py --networks                          # the networks of --model: training and inference
     python tests/benchmark.py --contender default                 # one contender, here: one line of JSON
 
 Every figure comes from a fresh process in the environment as it is. The contenders run in turn, round after round, so
@@ -38,13 +39,14 @@ BATCH_SIZE = 128
 
 
 class Contender(NamedTuple):
-    """One line of the table. `kind` is listed, script or floor; precision, compile and norm are flags of the script."""
+    """One line of a table. `kind` is listed, script, floor or inference; precision to model are the script's flags."""
 
     title: str
     kind: str
     precision: str = "auto"
     compile: str = "auto"
     norm: str = "lrn"
+    model: str = "krizhevsky"
     allocator: bool = True  # our setting of glibc's, as main makes it
     cold: bool = False  # begin with an empty compile cache
 
@@ -61,6 +63,10 @@ CONTENDERS = {
     "floor-fp32": Contender("floor: convolutions, linear layers", "floor", "fp32", "off"),
     "floor-bf16": Contender("floor: convolutions, linear layers", "floor", "bf16", "off"),
 }
+MODELS = ("krizhevsky", "five-conv", "compact", "alexnet")
+NETWORKS = {f"{model}-training": Contender(model, "script", model=model) for model in MODELS}
+NETWORKS |= {f"{model}-inference": Contender(model, "inference", model=model) for model in MODELS}
+ALL = CONTENDERS | NETWORKS
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The contenders. Each function returns one that trains a given number of steps
@@ -134,16 +140,17 @@ def listed_script(script: Any, device: Any, args: argparse.Namespace) -> Advance
     return advance
 
 
-def this_script(script: Any, device: Any, args: argparse.Namespace, config: Any) -> tuple[Advance, dict[str, Any]]:
-    """What `train` of the script does, but for validation and checkpoints; and the hardware as the script sees it."""
+def this_script(script: Any, device: Any, args: argparse.Namespace, config: Any, kind: str) -> tuple[Advance, Any, int]:
+    """What `train` of the script does, but for checkpoints: training steps, or as inference passes over the held-out
+    images; the hardware as the script sees it; and the images of a step or a pass."""
     import torch
 
-    def random_loaders(*_: Any) -> tuple[Any, None, Any]:
+    def random_loaders(*_: Any) -> tuple[Any, Any, Any]:
         images, labels = map(torch.from_numpy, random_images())
         images, classes = images.permute(0, 3, 1, 2).contiguous()[:45_000], list(map(str, range(10)))
         mean, std = script.SOURCES["cifar10"][-2:]
         loader = script.CifarLoader(images, labels[:45_000], classes, mean, std, BATCH_SIZE, True, 0, device)
-        return loader, None, loader
+        return loader, loader, loader
 
     if not has_cifar10(args.data_dir):
         script.get_cifar_data_loaders = random_loaders
@@ -155,7 +162,13 @@ def this_script(script: Any, device: Any, args: argparse.Namespace, config: Any)
         some = itertools.islice(batches, steps)
         script.train_one_epoch(run.model, some, criterion, run.optimizer, device, run.precision, step)
 
-    return advance, run.hardware
+    def infer(passes: int) -> None:
+        for _ in range(passes):
+            script.predict(run.model, run.val_loader, run.precision)
+
+    if kind == "inference":
+        return infer, run.hardware, len(run.val_loader.labels)
+    return advance, run.hardware, BATCH_SIZE
 
 
 def arithmetic_floor(script: Any, device: Any, precision: str) -> Advance:
@@ -227,7 +240,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     import cifar_krizhevsky as script
 
-    contender = CONTENDERS[args.contender]
+    contender, images = ALL[args.contender], BATCH_SIZE
     if contender.allocator:
         script.keep_freed_memory()
     try:
@@ -242,10 +255,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         elif contender.kind == "floor":
             advance = arithmetic_floor(script, device, precision)
         else:
-            flags = {"precision": contender.precision, "compile": contender.compile, "norm": contender.norm}
+            flags = {key: getattr(contender, key) for key in ("precision", "compile", "norm", "model")}
             paths = {"data_dir": args.data_dir, "output_dir": "unused"}
             config = script.Config(batch_size=BATCH_SIZE, device=args.device, **flags, **paths)
-            advance, hardware = this_script(script, device, args, config)
+            advance, hardware, images = this_script(script, device, args, config, contender.kind)
     except script.Problem as problem:
         return {"skipped": str(problem)}
 
@@ -262,9 +275,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     seconds(1)
     start_up = time.time() - args.started
-    seconds(3 if device.type == "cpu" else 20)
     steps = args.steps or (20 if device.type == "cpu" else 300)
-    rate = steps * BATCH_SIZE / seconds(steps)
+    seconds(min(steps, 3) if device.type == "cpu" else 20)
+    rate = steps * images / seconds(steps)
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     return {
         "images_per_second": rate,
@@ -288,7 +301,7 @@ def run_child(name: str, args: argparse.Namespace, steps: int | None) -> dict[st
     flags |= {"--steps": steps} if steps else {}
     command = [sys.executable, __file__, *(str(word) for pair in flags.items() for word in pair)]
     with tempfile.TemporaryDirectory() as empty:
-        environment = os.environ | ({"TORCHINDUCTOR_CACHE_DIR": empty} if CONTENDERS[name].cold else {})
+        environment = os.environ | ({"TORCHINDUCTOR_CACHE_DIR": empty} if ALL[name].cold else {})
         command += ["--started", repr(time.time())]
         child = subprocess.run(command, env=environment, capture_output=True, text=True)
     if child.returncode == 0:
@@ -298,9 +311,10 @@ def run_child(name: str, args: argparse.Namespace, steps: int | None) -> dict[st
 
 def run_rounds(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """The results of every contender, one a round; of a skipped one only why."""
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    contenders = NETWORKS if args.networks else CONTENDERS
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for number in range(args.rounds + 1):  # round 0 is thrown away: it fills the compile and the file cache
-        for name, contender in CONTENDERS.items():
+        for name, contender in contenders.items():
             unneeded = number == 0 and (contender.kind != "script" or contender.compile == "off" or contender.cold)
             if unneeded or (results[name] and "skipped" in results[name][0]):
                 continue
@@ -326,6 +340,13 @@ def caption(args: argparse.Namespace, one: dict[str, Any], load: str) -> str:
     """All that the figures depend on."""
     missing = f"random numbers in the shape of CIFAR-10's, which are not in {args.data_dir}"
     memory = "reserved on the GPU" if one["reserved_bytes"] else "resident, above `import torch, torchvision`"
+    columns = f"""\
+images/s, start-up: median (least to most). x listed: against the listed script in its default environment; x l.+alloc:
+with our allocator setting. Of floor: of the bare arithmetic in the same precision. Start-up: from the start of the
+process to the end of the first training step. Peak: memory of training, without DataLoader workers,
+{memory}."""
+    if args.networks:
+        columns = "median (least to most); a step of inference is a pass over all held-out images, as after an epoch"
     return f"""\
 {one["processor"]}, {one["device_used"]}, {one["threads"]} threads; PyTorch {one["torch_version"]}, \
 torchvision {one["torchvision_version"]}, Python {platform.python_version()}, {platform.system()}
@@ -335,11 +356,13 @@ images: {"CIFAR-10" if has_cifar10(args.data_dir) else missing}
 listed script: fp32, {args.workers} DataLoader workers (its own number is 4)
 environment: {", ".join(tuning()) or "default"}
 
-images/s, start-up: median (least to most). x listed: against the listed script in its default environment; x l.+alloc:
-with our allocator setting. Of floor: of the bare arithmetic in the same precision. Start-up: from the start of the
-process to the end of the first training step. Peak: memory of training, without DataLoader workers,
-{memory}.
+{columns}
 """
+
+
+def median_and_range(values: list[float], form: str) -> str:
+    """Median (least to most)."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
@@ -349,8 +372,7 @@ def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
         return statistics.median([row.get(key, float("nan")) for row in results[name]] or [float("nan")])
 
     def spread(name: str, key: str, form: str) -> str:
-        values = [row[key] for row in results[name]]
-        return f"{median(name, key):{form}} ({min(values):{form}} to {max(values):{form}})"
+        return median_and_range([row[key] for row in results[name]], form)
 
     columns = "{:<38}{:<15}{:>25}{:>10}{:>11}{:>10}{:>9}{:>22}"
     print(columns.format("", "", "images/s", "x listed", "x l.+alloc", "of floor", "peak", "start-up"))
@@ -370,6 +392,18 @@ def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
     print(f"\nshare of local response normalisation in the step of this script: {share:.0f} %, 1 - t(none) / t(lrn)")
 
 
+def print_networks(results: dict[str, list[dict[str, Any]]]) -> None:
+    """One line for each network of --model."""
+    columns = "{:<14}{:>30}{:>30}"
+    print(columns.format("images/s", "training", "inference"))
+    for model in MODELS:
+        rates = []
+        for rows in (results[f"{model}-training"], results[f"{model}-inference"]):
+            missing = rows[0].get("skipped")
+            rates.append(missing or median_and_range([row["images_per_second"] for row in rows], ",.0f"))
+        print(columns.format(model, *rates))
+
+
 def main() -> None:
     started = time.time()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -379,7 +413,8 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data", help="where CIFAR-10 lies; without it, random images")
     parser.add_argument("--workers", type=int, default=2, help="DataLoader workers of the listed script (default: 2)")
     parser.add_argument("--json", metavar="FILE", help="write all raw figures there")
-    parser.add_argument("--contender", choices=CONTENDERS, help="run only this one, once, in this process")
+    parser.add_argument("--networks", action="store_true", help="compare the networks of --model instead")
+    parser.add_argument("--contender", choices=ALL, metavar="NAME", help="run only this one, once, in this process")
     parser.add_argument("--started", type=float, default=started, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if min(args.rounds, args.steps or 1, args.workers + 1) < 1:
@@ -391,9 +426,9 @@ def main() -> None:
     results = run_rounds(args)
     measured = [rows[0] for rows in results.values() if "skipped" not in rows[0]]
     if not measured:
-        sys.exit(f"error: {results['default'][0]['skipped']}")
+        sys.exit(f"error: {next(iter(results.values()))[0]['skipped']}")
     print(caption(args, measured[0], load))
-    print_table(results)
+    print_networks(results) if args.networks else print_table(results)
     if args.json:
         content = {"date": datetime.now().isoformat(), "arguments": vars(args), "load_average_before": load}
         content |= {"environment": tuning(), "results": results}
