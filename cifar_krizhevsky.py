@@ -266,7 +266,7 @@ class _LRNFunction(torch.autograd.Function):
         n, c, h, w = x.shape
         ctx.window, ctx.fused = _Window(size // 2, c, relu, alpha / size, beta, k), fused
         ctx.margins = size // 2, (size - 1) // 2
-        x = x.permute(0, 2, 3, 1).reshape(-1, c)
+        x = x.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
         padded, centre = _padded(x, *ctx.margins)
         torch.clamp_min(x, 0, out=centre) if relu else centre.copy_(x)
         ctx.save_for_backward(padded)
@@ -277,7 +277,7 @@ class _LRNFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), (n, c, h, w) = ctx.saved_tensors, grad.shape
-        grad = grad.permute(0, 2, 3, 1).reshape(-1, c)
+        grad = grad.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
         cross, centre = _padded(grad, *reversed(ctx.margins))  # the window, seen from the other side
         _by_rows(_lrn_cross_term, ctx.fused, ctx.window, centre, x, grad)
         grad = _by_rows(_lrn_gradient, ctx.fused, ctx.window, torch.empty_like(grad), x, grad, cross)

@@ -132,6 +132,19 @@ def test_fused_equals_eager(ck, dtype):
         assert_same(with_gradient(fused, x), with_gradient(eager, x), **tolerance)
 
 
+def test_the_fused_kernels_are_compiled_once_for_every_batch_size(ck):
+    layer = ck.LocalResponseNormalization()
+    try:
+        assert ck.fuse_normalization(layer, "on", torch.device("cpu"), "fp32")
+    except ck.Problem as problem:
+        pytest.skip(str(problem))
+    graphs = []
+    for batch in (128, 1, 7, 1024):
+        with_gradient(layer, rand(batch, 12, 3, 3))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and len(set(graphs)) == 1
+
+
 @pytest.mark.parametrize("size", [4, 5])
 def test_memory_layout_does_not_matter(ck, size):
     layer, x = ck.LocalResponseNormalization(size, alpha=0.3), rand(3, 12, 6, 5)

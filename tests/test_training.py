@@ -1,7 +1,9 @@
 """Schedule, training, evaluation, and the use of the module in other people's code."""
 
+import copy
 import csv
 import json
+import math
 import subprocess
 import sys
 
@@ -148,6 +150,21 @@ def test_the_network_learns_in_both_precisions(ck, precision):
     assert losses[0] > 0.4
     assert losses[-1] < 0.1
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 1024])
+def test_any_batch_size_trains_and_the_last_batch_of_a_single_image_too(ck, batch_size):
+    count, classes = batch_size + 1, ["a", "b"]
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    loader = ck.CifarLoader(images, torch.arange(count) % 2, classes, (0.5,) * 3, (0.25,) * 3, batch_size, augment=True)
+    model = ck.build_model(ck.Config(), 2)
+    before = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    assert [len(labels) for _, labels in loader] == [batch_size, 1]
+    loss, accuracy = ck.train_one_epoch(model, loader, nn.CrossEntropyLoss(), optimizer, "cpu", "bf16")
+    assert loss == pytest.approx(math.log(2), abs=0.05) and 0 <= accuracy <= 100
+    assert all((a != b).any() for a, b in zip(model.parameters(), before.parameters()))
+    assert ck.predict(model, loader, "bf16").exp().sum(1).tolist() == pytest.approx([1] * count, abs=1e-5)
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_learning_rate(ck, linear):
