@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import statistics
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,13 +15,17 @@ RESULTS = sorted(path.parent for path in (ROOT / "results").glob("*/summary.json
 NUMBER = r"[\d,]+(?:\.\d+)?(?:e-?\d+)?"
 
 
+def section_table(title: str, level: str = "## ") -> dict[str, dict[str, str]]:
+    """The table of a section of the README: the cells by column, the rows by their first cell."""
+    section = (ROOT / "README.md").read_text().split(f"\n{level}{title}\n")[1].split("\n## ")[0]
+    rows = [line[1:-1].split("|") for line in section.splitlines() if line.startswith("|")]
+    lines = [[cell.strip() for cell in row] for row in rows]
+    return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+
+
 def table_rows() -> dict[str, dict[str, str]]:
-    """The rows of the README's table of results: the cells by column, the rows by the name of their folder."""
-    section = (ROOT / "README.md").read_text().split("\n## Results\n")[1].split("\n## ")[0]
-    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
-    columns, rows = lines[0], [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
-    assert "folder" in columns
-    return {re.fullmatch("`results/(.+)`", row["folder"])[1]: row for row in rows}
+    """The rows of the README's table of results, by the name of their folder."""
+    return {re.fullmatch("`results/(.+)`", row["folder"])[1]: row for row in section_table("Results").values()}
 
 
 def numbers(cell: str) -> list[float]:
@@ -101,3 +107,53 @@ def test_the_whole_test_set_as_files_is_seen_as_the_readme_says(suffix, options,
     else:
         said = re.search(r"of the JPEG files\s+\(quality 90\) ([\d,]+)", (ROOT / "README.md").read_text())
         assert agree == pytest.approx(int(said[1].replace(",", "")), abs=30)  # versions of Pillow differ a little
+
+
+CONTENDERS = {  # of tests/benchmark.py, by their name in the README's table of speeds
+    "listed script": "listed",
+    "listed script, with our allocator setting": "listed-allocator",
+    "this script, bf16": "default",
+    "this script, bf16, `--compile off`": "bf16-eager",
+    "this script, fp32": "fp32-compiled",
+    "this script, fp32, `--compile off`": "fp32-eager",
+    "this script, bf16, `--norm none`": "no-norm",
+    "floor, fp32": "floor-fp32",
+    "floor, bf16": "floor-bf16",
+}
+
+
+def measured(file: str) -> tuple[dict[str, list[dict]], Callable[[str, str], float]]:
+    """The raw figures of a benchmark, and what gives the median of one of them."""
+    raw = json.loads((ROOT / "results" / file).read_text())["results"]
+    return raw, lambda name, key: statistics.median(row[key] for row in raw[name])
+
+
+def rates(rows: list[dict]) -> str:
+    values = sorted(row["images_per_second"] for row in rows)
+    return f"{statistics.median(values):,.0f} ({values[0]:,.0f} to {values[-1]:,.0f})"
+
+
+def test_the_speeds_in_the_readme_are_those_of_the_benchmark():
+    (raw, median), table = measured("speed.json"), section_table("Speed")
+    assert set(table) == set(CONTENDERS)
+    for label, row in table.items():
+        name = CONTENDERS[label]
+        assert row["images/s"] == rates(raw[name])
+        if label.startswith("floor"):
+            continue
+        rate, floor = median(name, "images_per_second"), f"floor-{raw[name][0]['precision_used']}"
+        assert row["× listed script"] == f"{rate / median('listed', 'images_per_second'):.1f}"
+        assert row["of the floor"] == f"{100 * rate / median(floor, 'images_per_second'):.0f} %"
+        assert row["memory above `import torch`"] == f"{median(name, 'resident_bytes') / 1e9:.2f} GB"
+        assert row["start-up"] == f"{median(name, 'start_up_seconds'):.1f} s"
+    cold = f"with an empty compile cache it takes {median('cold', 'start_up_seconds'):.1f} s"
+    assert cold in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_speeds_of_the_networks_are_those_of_the_benchmark():
+    raw, table = measured("networks.json")[0], section_table("Other networks", "### ")
+    assert len(table) == 4
+    for label, row in table.items():
+        name = label.strip("`")
+        assert row["training, images/s"] == rates(raw[f"{name}-training"])
+        assert row["inference, images/s"] == rates(raw[f"{name}-inference"])

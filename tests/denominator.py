@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""How far local response normalisation is from a constant, in a trained network, layer by layer.
+
+    python tests/denominator.py results/cifar10-default/best.pt
+
+On held-out images (never the test set), in fp32. First, over one batch of them: the mean and the percentiles of d / k,
+where d is the denominator before its power beta; 1 means that the layer only multiplies by k^-beta. Then the validation
+accuracy of the same weights, with each layer as it is, and with that constant in the place of one or all of them.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import cifar_krizhevsky as script  # noqa: E402
+
+PERCENTILES = (0.01, 0.5, 0.99, 0.9999)
+
+
+def ratios(layer: nn.Module, x: Tensor) -> Tensor:
+    """d / k of every value, from the layer's own output: y = x d^-beta."""
+    y = layer.forward(x)
+    used = x != 0  # where x is 0, so is y, and d is not seen
+    return (x[used] / y[used]) ** (1 / layer.beta) / layer.k
+
+
+@contextmanager
+def replaced_by_a_constant(layers: list[nn.Module]) -> Iterator[None]:
+    """Within, these layers multiply by k^-beta."""
+    hooks = [layer.register_forward_hook(lambda layer, x, y: x[0] * layer.k**-layer.beta) for layer in layers]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
+    args = parser.parse_args()
+    script.keep_freed_memory()
+    model, _, config = script.load_trained(args.checkpoint, torch.device("cpu"))
+    _, loader, _ = script.get_cifar_data_loaders(
+        128, config.dataset, args.data_dir, config.val_size, 0, "cpu", config.inputs
+    )
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, script.LocalResponseNormalization)}
+
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    hooks = [m.register_forward_pre_hook(lambda m, x, n=n: seen[n].append(ratios(m, x[0]))) for n, m in layers.items()]
+    with torch.no_grad():
+        images, _ = next(iter(loader))
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    print(
+        f"{len(images)} images\n\n{'d / k':<10}{'mean':>9}"
+        + "".join(f"{100 * p:>9g} %" for p in PERCENTILES)
+        + f"{'largest':>11}"
+    )
+    for name, parts in seen.items():
+        values = torch.cat(parts).double().sort().values
+        cells = [values[round(p * (len(values) - 1))].item() for p in PERCENTILES]
+        print(f"{name:<10}{values.mean():9.4f}" + "".join(f"{cell:11.4f}" for cell in cells) + f"{values[-1]:11.4f}")
+
+    print(f"\n{'a constant in the place of':<28}validation accuracy")
+    for title, chosen in (
+        ("none", []),
+        *((name, [layer]) for name, layer in layers.items()),
+        ("all", [*layers.values()]),
+    ):
+        with replaced_by_a_constant(chosen):
+            right = script.predict(model, loader).argmax(1) == loader.labels
+        print(f"{title:<28}{100 * right.double().mean().item():.2f} %")
+
+
+if __name__ == "__main__":
+    main()
