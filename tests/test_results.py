@@ -17,7 +17,7 @@ NUMBER = r"[\d,]+(?:\.\d+)?(?:e-?\d+)?"
 
 def section_table(title: str, level: str = "## ") -> dict[str, dict[str, str]]:
     """The table of a section of the README: the cells by column, the rows by their first cell."""
-    section = (ROOT / "README.md").read_text().split(f"\n{level}{title}\n")[1].split("\n## ")[0]
+    section = re.split(r"\n##+ ", (ROOT / "README.md").read_text().split(f"\n{level}{title}\n")[1])[0]
     rows = [line[1:-1].split("|") for line in section.splitlines() if line.startswith("|")]
     lines = [[cell.strip() for cell in row] for row in rows]
     return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
@@ -157,3 +157,30 @@ def test_the_speeds_of_the_networks_are_those_of_the_benchmark():
         name = label.strip("`")
         assert row["training, images/s"] == rates(raw[f"{name}-training"])
         assert row["inference, images/s"] == rates(raw[f"{name}-inference"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("flag", "kernels"), [("on", "compiled"), ("off", "eager")])
+def test_the_accuracies_by_precision_are_those_of_the_runs(precision, flag, kernels):
+    files = sorted((ROOT / "results" / "precision" / f"{precision}-{kernels}").glob("seed*.json"))
+    runs = [json.loads(file.read_text()) for file in files]
+    command = "--seeds 3 --epochs 2 --milestones 1 --lr 0.05 --no-test"
+    for seed, summary in enumerate(runs):
+        assert (summary["seed"], summary["precision_used"], summary["compiled"]) == (seed, precision, flag == "on")
+        assert (summary["epochs"], summary["milestones"], summary["lr"], summary["no_test"]) == (2, [1], 0.05, True)
+        assert "test_error" not in summary
+    assert command in (ROOT / "README.md").read_text()
+    values = [summary["best_val_accuracy"] for summary in runs]
+    row = section_table("Accuracy in bf16, and compiled", "### ")[f"`--precision {precision}`"]
+    assert row[f"`--compile {flag}`"] == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def test_the_networks_against_their_documents_are_those_of_their_runs():
+    section = " ".join((ROOT / "README.md").read_text().split("\n### Other networks\n")[1].split("\n## ")[0].split())
+    five, compact = (
+        json.loads((ROOT / "results" / f"cifar10-{m}" / "summary.json").read_text()) for m in ("five-conv", "compact")
+    )
+    top1, top5 = 100 - five["test_error"], 100 - five["test_top5_error"]
+    assert f"here {top1:.2f} % and {top5:.2f} % after {five['epochs']} epochs" in section
+    right = f"{100 - compact['test_error']:.2f} % with {compact['parameters']:,}, after {compact['epochs']} epochs"
+    assert right in section
