@@ -72,7 +72,7 @@ def test_the_published_weights_give_the_published_error_again(folder, request, t
     data = request.getfixturevalue(f"{summary['dataset']}_dir")
     assert (folder / "best.pt").stat().st_size < 4e6
     flags = ("--checkpoint", folder / "best.pt", "--evaluate", "--json", "--data-dir", data, "--output-dir", tmp_path)
-    result = run(*flags, "--compile", "off", cwd=tmp_path, small=False, timeout=900)
+    result = run(*flags, cwd=tmp_path, small=False, timeout=900)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout)
     # another processor rounds otherwise, which may move a handful of the 10,000 images
