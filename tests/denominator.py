@@ -59,22 +59,16 @@ def main() -> None:
         model(images)
     for hook in hooks:
         hook.remove()
-    print(
-        f"{len(images)} images\n\n{'d / k':<10}{'mean':>9}"
-        + "".join(f"{100 * p:>9g} %" for p in PERCENTILES)
-        + f"{'largest':>11}"
-    )
+    titles = "".join(f"{100 * p:>9g} %" for p in PERCENTILES)
+    print(f"{len(images)} images\n\n{'d / k':<10}{'mean':>9}{titles}{'largest':>11}")
     for name, parts in seen.items():
         values = torch.cat(parts).double().sort().values
         cells = [values[round(p * (len(values) - 1))].item() for p in PERCENTILES]
         print(f"{name:<10}{values.mean():9.4f}" + "".join(f"{cell:11.4f}" for cell in cells) + f"{values[-1]:11.4f}")
 
     print(f"\n{'a constant in the place of':<28}validation accuracy")
-    for title, chosen in (
-        ("none", []),
-        *((name, [layer]) for name, layer in layers.items()),
-        ("all", [*layers.values()]),
-    ):
+    one_by_one = {name: [layer] for name, layer in layers.items()}
+    for title, chosen in ({"none": []} | one_by_one | {"all": [*layers.values()]}).items():
         with replaced_by_a_constant(chosen):
             right = script.predict(model, loader).argmax(1) == loader.labels
         print(f"{title:<28}{100 * right.double().mean().item():.2f} %")

@@ -895,18 +895,8 @@ def test_a_run_is_not_resumed_on_other_pictures_or_classes(ck, tmp_path, capsys)
             folder = tmp_path / "set" / part / f"class{label}"
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
-    flags = [
-        "--dataset",
-        str(tmp_path / "set"),
-        "--val-size",
-        "4",
-        "--compile",
-        "off",
-        "--no-test",
-        "--milestones",
-        "1",
-    ]
-    flags += ["--output-dir", str(tmp_path / "run")]
+    flags = ["--val-size", "4", "--compile", "off", "--no-test", "--milestones", "1"]
+    flags += ["--dataset", str(tmp_path / "set"), "--output-dir", str(tmp_path / "run")]
     assert ck.main([*flags, "--epochs", "1"]) == 0
     next((tmp_path / "set" / "train" / "class0").iterdir()).unlink()
     capsys.readouterr()
