@@ -150,7 +150,9 @@ class Config:
     precision: str = flag(
         "auto", "auto: bf16 where the hardware computes in it, else fp32", choices=("auto", "fp32", "bf16")
     )
-    compile: str = flag("auto", "torch.compile for the LRN; no effect elsewhere", choices=("auto", "on", "off"))
+    compile: str = flag(
+        "auto", "torch.compile for LRN and the first pooling; no effect elsewhere", choices=("auto", "on", "off")
+    )
     deterministic: bool = flag(False, "the same bits each time on a GPU too; a CPU gives them anyway")
 
     # Files
@@ -236,15 +238,24 @@ def _lrn_gradient(w: _Window, out: Tensor, x: Tensor, grad: Tensor, cross: Tenso
 
 
 @functools.cache
-def _fused(kernel: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(kernel, dynamic=False)
+def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel(constants, *tensors)` as one loop made by torch.compile, the same one for every length of the tensors.
+
+    So no batch, the short last one included, has others than the rest.
+    """
+    compiled = torch.compile(kernel, dynamic=False)
+
+    def run(constants: tuple, *tensors: Tensor) -> Any:
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(constants, *tensors)
+
+    return run
 
 
 def _by_rows(kernel: Callable[..., None], fused: bool, window: _Window, *rows: Tensor) -> Tensor:
     """Have a pass write the first of `rows`, as one fused loop or eagerly in blocks that fit the cache; returns it."""
     if fused:
-        for r in rows:  # one kernel for any number of rows: no batch, the short last one included, switches to another
-            torch._dynamo.maybe_mark_dynamic(r, 0)
         _fused(kernel)(window, *rows)
     else:
         for block in zip(*(r.split(4096) for r in rows)):
@@ -323,6 +334,58 @@ class LocalResponseNormalization(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}" + ", relu" * self.relu
+
+
+# Max-pooling 3x3 with stride 2 as fused loops over (N, H, W, C), for the first layer on a CPU: there PyTorch writes and
+# reads the place of every maximum as 64 bits, four times its value in bf16. Here the place is the position in the
+# window, 0 to 8, in the type of the values; of equal values the first counts, as in PyTorch.
+
+
+def _pool_output(size: tuple[int, int], x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = ((n - 1) // 2 * 2 - 1 for n in size)
+    best, place = x.new_full((), -math.inf), x.new_zeros(())
+    for i, j in itertools.product(range(3), range(3)):
+        values = x[:, i : i + rows : 2, j : j + columns : 2]
+        place = torch.where(values > best, 3 * i + j, place)
+        best = torch.maximum(values, best)
+    return best, place
+
+
+def _pool_gradient(size: tuple[int, int], grad: Tensor, place: Tensor) -> Tensor:
+    total = grad.new_zeros((), dtype=torch.promote_types(grad.dtype, torch.float32))
+    y, x = torch.arange(size[0], device=grad.device)[:, None], torch.arange(size[1], device=grad.device)
+    for up, left in itertools.product(range(2), range(2)):  # an input is in at most 2 x 2 windows
+        i, j = y // 2 - up, x // 2 - left
+        is_in = (i >= 0) & (i < grad.size(1)) & (y - 2 * i < 3) & (j >= 0) & (j < grad.size(2)) & (x - 2 * j < 3)
+        here = torch.where(is_in, 3 * (y - 2 * i) + x - 2 * j, -1)[:, :, None]
+        window = (slice(None), i.clamp(0, grad.size(1) - 1), j.clamp(0, grad.size(2) - 1))
+        total = total + torch.where(place[window] == here, grad[window], 0)
+    return total.to(grad.dtype)
+
+
+class _MaxPoolFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.size = tuple(x.shape[2:])
+        output, place = _fused(_pool_output)(ctx.size, x.permute(0, 2, 3, 1))
+        ctx.save_for_backward(place)
+        return output.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _fused(_pool_gradient)(ctx.size, grad.permute(0, 2, 3, 1), *ctx.saved_tensors).permute(0, 3, 1, 2)
+
+
+class FusedMaxPool(nn.Module):
+    """`nn.MaxPool2d(3, 2)` as two loops made by torch.compile: (N, C, H, W) to (N, C, (H - 1) // 2, (W - 1) // 2).
+
+    It computes the same from the same; a gradient that is the sum of several is rounded once. Needs H and W of at
+    least 3, and compiles anew for every other H, W or type.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _MaxPoolFunction.apply(x)
 
 
 class KrizhevskyNet(nn.Module):
@@ -1389,7 +1452,8 @@ def fuse_normalization(model: nn.Module, wanted: str, device: torch.device, prec
     """Have torch.compile fuse the normalisation layers, if wanted and possible; says in one line why it is not.
 
     It is tried here on a small input, so that a missing or broken compiler shows before training and not within it.
-    A ReLU that is defined just before such a layer is fused with it, and an nn.Identity takes its place.
+    A ReLU that is defined just before such a layer is fused with it, and an nn.Identity takes its place. Of a network
+    with such layers the first max-pooling, which has the largest input, is fused too.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LocalResponseNormalization)]
     if not layers or wanted == "off" or (wanted == "auto" and device.type == "mps"):
@@ -1411,6 +1475,8 @@ def fuse_normalization(model: nn.Module, wanted: str, device: torch.device, prec
             layer.fuse(relu=isinstance(previous, nn.ReLU))
             if layer.relu:
                 model.set_submodule(name, nn.Identity())
+    for name in [name for name, layer in model.named_modules() if isinstance(layer, nn.MaxPool2d)][:1]:
+        model.set_submodule(name, FusedMaxPool())
     return True
 
 

@@ -43,6 +43,14 @@ def with_gradient(function, x: Tensor, seed: int = 1) -> tuple[Tensor, Tensor]:
     return y.detach(), x.grad
 
 
+def fuse(ck, model: nn.Module) -> None:
+    """Where there is no compiler the test is skipped."""
+    try:
+        assert ck.fuse_normalization(model, "on", torch.device("cpu"), "fp32")
+    except ck.Problem as problem:
+        pytest.skip(str(problem))
+
+
 def assert_same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], **tolerance: float) -> None:
     for a, b in zip(ours, theirs):
         assert a.dtype == b.dtype
@@ -122,10 +130,7 @@ def test_lrn_under_autocast_is_computed_in_fp32(ck):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fused_equals_eager(ck, dtype):
     fused, eager = ck.LocalResponseNormalization(), ck.LocalResponseNormalization()
-    try:
-        assert ck.fuse_normalization(fused, "on", torch.device("cpu"), "fp32")
-    except ck.Problem as problem:
-        pytest.skip(str(problem))
+    fuse(ck, fused)
     tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.01, "rtol": 2**-7}
     for batch, memory_format in ((4, torch.channels_last), (4, torch.contiguous_format), (1, torch.channels_last)):
         x = rand(batch, 12, 6, 6, scale=30, seed=batch, dtype=dtype).contiguous(memory_format=memory_format)
@@ -134,15 +139,30 @@ def test_fused_equals_eager(ck, dtype):
 
 def test_the_fused_kernels_are_compiled_once_for_every_batch_size(ck):
     layer = ck.LocalResponseNormalization()
-    try:
-        assert ck.fuse_normalization(layer, "on", torch.device("cpu"), "fp32")
-    except ck.Problem as problem:
-        pytest.skip(str(problem))
+    fuse(ck, layer)
     graphs = []
     for batch in (128, 1, 7, 1024):
         with_gradient(layer, rand(batch, 12, 3, 3))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and len(set(graphs)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 8, 32, 32), (1, 5, 15, 7), (2, 5, 3, 4), (0, 5, 6, 6)], ids=str)
+def test_fused_max_pooling_is_that_of_pytorch(ck, shape, dtype):
+    torch._dynamo.reset()  # after eight shapes it would go on without compiling
+    fuse(ck, ck.LocalResponseNormalization())
+    x = rand(*shape, scale=2).round().relu().to(dtype)  # with equal values in most windows
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        ours = x.clone(memory_format=memory_format).requires_grad_()
+        theirs = x.float().clone().requires_grad_()
+        output, expected = ck.FusedMaxPool()(ours), nn.MaxPool2d(kernel_size=3, stride=2)(theirs)
+        assert output.dtype == dtype and torch.equal(output.float(), expected)
+        weights = rand(*output.shape, seed=1, dtype=dtype)
+        output.backward(weights)
+        expected.backward(weights.float())  # of bf16 too the sum of the gradients is rounded once
+        tolerance = {"atol": 1e-6, "rtol": 0 if dtype == torch.float32 else 2**-8}
+        torch.testing.assert_close(ours.grad.float(), theirs.grad, **tolerance)
 
 
 @pytest.mark.parametrize("size", [4, 5])
@@ -249,10 +269,7 @@ def test_state_dict_has_plain_keys(ck):
 @pytest.mark.parametrize("name", ["krizhevsky", "alexnet"])
 def test_a_fused_network_is_the_same_network(ck, name):
     fused, eager = (ck.build_model(ck.Config(model=name, norm="lrn", lrn_alpha=0.5), 10) for _ in range(2))
-    try:
-        assert ck.fuse_normalization(fused, "on", torch.device("cpu"), "fp32")
-    except ck.Problem as problem:
-        pytest.skip(str(problem))
+    fuse(ck, fused)
     results = []
     for model in (fused, eager):
         images = rand(2, 3, 32, 32, scale=2).contiguous(memory_format=torch.channels_last).requires_grad_()
