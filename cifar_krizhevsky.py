@@ -1735,6 +1735,11 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def caption(name: str) -> str:
+    """A user's name as matplotlib should write it: with spaces, and without taking a $ for the begin of a formula."""
+    return name.replace("_", " ").replace("$", r"\$")
+
+
 def plot_results(history: list[dict], best_epoch: int, title: str) -> Any:
     """Loss, accuracy and learning rate over the epochs."""
     figure = new_figure(11, 3.4)
@@ -1771,7 +1776,7 @@ def plot_predictions(loader: CifarLoader, log_probabilities: Tensor, title: str)
     for axes in figure.subplots(rows, 8, squeeze=False).flat:
         axes.axis("off")
     for i, axes in enumerate(figure.axes[:count]):
-        guess, truth = (loader.classes[label].replace("_", " ") for label in (predicted[i], loader.labels[i]))
+        guess, truth = (caption(loader.classes[label]) for label in (predicted[i], loader.labels[i]))
         axes.imshow(loader.images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         text, color = f"{guess}\n{confidence[i]:.0%}", "black"
         if guess != truth:
@@ -1791,7 +1796,7 @@ def plot_confusion_matrix(labels: Tensor, predicted: Tensor, classes: list[str],
     axes = figure.subplots()
     image = axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=top)
     figure.colorbar(image, shrink=0.7, label="% of the true class", extend="neither" if few else "max")
-    names, size = [name.replace("_", " ") for name in classes], 9 if few else 6
+    names, size = [caption(name) for name in classes], 9 if few else 6
     axes.set_xticks(range(count), names, rotation=45 if few else 90, ha="right" if few else "center", fontsize=size)
     axes.set_yticks(range(count), names, fontsize=size)
     for i, j in itertools.product(range(count), repeat=2) if few else ():
@@ -2019,7 +2024,7 @@ def evaluate_checkpoint(config: Config, given: set[str]) -> dict[str, Any]:
         print("  accuracy by class", *("   ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)), sep="\n    ")
     folder = Path(config.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    title = f"{config.dataset}, {trained.model}, seed {trained.seed}"
+    title = f"{caption(config.dataset)}, {trained.model}, seed {trained.seed}"
     pictures = save_pictures(folder, test_pictures(model, loader, evaluation, title, "test"))
     print(f"wrote {', '.join(str(folder / name) for name in pictures)}")
     if config.show:
@@ -2145,7 +2150,7 @@ def test(run: Run) -> dict[str, Any]:
     if processes()[0] > 0:
         return summary
     write_atomically(run.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    title = f"{config.dataset}, {config.model}, seed {config.seed}"
+    title = f"{caption(config.dataset)}, {config.model}, seed {config.seed}"
     makers = {"curves.png": lambda: plot_results(run.history, run.best_epoch, title)}
     pictures = save_pictures(run.folder, makers | test_pictures(best_model, loader, evaluation, title, which))
     if run.tensorboard:

@@ -684,6 +684,13 @@ def test_a_folder_of_pictures_trains_a_network_for_its_classes(ck, own):
     assert own.summary["test_class_accuracy"].keys() == set(ck.SHAPE_CLASSES[:4])
 
 
+def test_names_that_look_like_a_formula_are_drawn(ck, tmp_path, capsys):
+    labels, classes = torch.tensor([0, 1, 1]), ["$5^", "a_b $\\"]
+    makers = {"confusion.png": lambda: ck.plot_confusion_matrix(labels, labels, classes, "any")}
+    assert ck.save_pictures(tmp_path, makers) == ["confusion.png"]
+    assert capsys.readouterr().out == ""
+
+
 def test_mean_and_deviation_are_those_of_the_training_images_of_the_folder(ck, own):
     paths = sorted((own.folder.parent.parent / "my pictures" / "train").rglob("*.*"))
     assert len(paths) == 80
