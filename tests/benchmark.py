@@ -25,7 +25,6 @@ takes 55 to 62; medians of 30 or more in scratch programs, each beside what it w
       multiplied by 0, or masked                                       1.1 less forward, 0.4 to 1.1 more backward
     Newton's iteration in place of LRN's square roots                  8.5 a pass, with them 1.9
     the scaled gradient kept for LRN's last pass                       0.45 less, for one rounding more
-    2 MB pages asked for (THP_MEM_ALLOC_ENABLE)                        4 to 6 % faster: kept
     the second and third max-pooling fused too                         no gain
 """
 
