@@ -120,7 +120,10 @@ class Config:
     lrn_k: float = flag(2.0, "LRN: the constant k", above=0)
     init: str = flag("pytorch", "initial weights: PyTorch's default, or He's", choices=("pytorch", "he"))
     dropout: float | None = flag(
-        None, "share of units dropped (default: 0, five-conv and alexnet 0.5, compact 0.03)", least=0, below=1
+        None,
+        "share of units (five-conv, compact: channels) dropped (default: 0, five-conv and alexnet 0.5, compact 0.03)",
+        least=0,
+        below=1,
     )
 
     # Training: SGD with momentum, the learning rate multiplied by gamma at each milestone
@@ -151,7 +154,9 @@ class Config:
         "auto", "auto: bf16 where the hardware computes in it, else fp32", choices=("auto", "fp32", "bf16")
     )
     compile: str = flag(
-        "auto", "torch.compile for LRN and the first pooling; no effect elsewhere", choices=("auto", "on", "off")
+        "auto",
+        "torch.compile for LRN and the first 3x3 max-pooling; no effect elsewhere",
+        choices=("auto", "on", "off"),
     )
     deterministic: bool = flag(False, "the same bits each time on a GPU too; a CPU gives them anyway")
 
@@ -190,10 +195,10 @@ class Config:
 
 
 class _Window(NamedTuple):
-    """The constants of one normalisation; `before`: channels of the window to the left of its centre."""
+    """The constants of one normalisation; `before` and `after`: channels of the window on each side of its centre."""
 
     before: int
-    channels: int
+    after: int
     relu: bool
     alpha_over_size: float
     beta: float
@@ -204,20 +209,22 @@ class _Window(NamedTuple):
 #     y_c = x_c s_c
 #     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum of (g_i x_i s_i / d_i) over the channels i whose window has c
 # where g = dL/dy. It is written by hand, as three passes over rows of channels, because autograd through torch.compile
-# is several times slower. Each writes `out`; `x` is zero-padded by the window on both sides. All arithmetic is in fp32
-# or better, whatever the storage: bf16 would round d to k, and the normalisation would silently become a constant.
+# is several times slower. Each writes `out`. `x` has zeros for what the windows have beyond either end, `cross` the
+# same with the sides swapped. All arithmetic is in fp32 or better, whatever the storage: bf16 would round d to k, and
+# the normalisation would silently become a constant.
 
 
-def _window_sum(padded: Tensor, channels: int) -> Tensor:
-    return functools.reduce(torch.add, [padded[:, i : i + channels] for i in range(padded.size(1) - channels + 1)])
+def _window_sum(w: _Window, padded: Tensor) -> Tensor:
+    channels = padded.size(1) - w.before - w.after
+    return functools.reduce(torch.add, [padded[:, i : i + channels] for i in range(w.before + 1 + w.after)])
 
 
 def _centre_denominator_scale(w: _Window, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    denominator = w.k + w.alpha_over_size * _window_sum(x * x, w.channels)
+    denominator = w.k + w.alpha_over_size * _window_sum(w, x * x)
     root = denominator.rsqrt()  # two square roots are several times cheaper than a power
     scale = root * root.sqrt() if w.beta == 0.75 else denominator.pow(-w.beta)
-    return x[:, w.before : w.before + w.channels], denominator, scale
+    return x[:, w.before : x.size(1) - w.after], denominator, scale
 
 
 def _lrn_output(w: _Window, out: Tensor, x: Tensor) -> None:
@@ -232,16 +239,16 @@ def _lrn_cross_term(w: _Window, out: Tensor, x: Tensor, grad: Tensor) -> None:
 
 def _lrn_gradient(w: _Window, out: Tensor, x: Tensor, grad: Tensor, cross: Tensor) -> None:
     centre, _, scale = _centre_denominator_scale(w, x)
-    others = _window_sum(cross.to(centre.dtype), w.channels)
+    others = _window_sum(w, cross.to(centre.dtype))
     grad = grad * scale - 2 * w.alpha_over_size * w.beta * centre * others
     out.copy_(torch.where(centre > 0, grad, 0) if w.relu else grad)
 
 
 @functools.cache
 def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel(constants, *tensors)` as one loop made by torch.compile, the same one for every length of the tensors.
+    """`kernel(constants, *tensors)` as one loop made by torch.compile, for tensors of any length.
 
-    So no batch, the short last one included, has others than the rest.
+    A short last batch therefore neither compiles anew nor runs another kernel.
     """
     compiled = torch.compile(kernel, dynamic=False)
 
@@ -275,10 +282,9 @@ class _LRNFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, size: int, alpha: float, beta: float, k: float, fused: bool, relu: bool) -> Tensor:
         n, c, h, w = x.shape
-        ctx.window, ctx.fused = _Window(size // 2, c, relu, alpha / size, beta, k), fused
-        ctx.margins = size // 2, (size - 1) // 2
+        ctx.window, ctx.fused = _Window(size // 2, (size - 1) // 2, relu, alpha / size, beta, k), fused
         x = x.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
-        padded, centre = _padded(x, *ctx.margins)
+        padded, centre = _padded(x, ctx.window.before, ctx.window.after)
         torch.clamp_min(x, 0, out=centre) if relu else centre.copy_(x)
         ctx.save_for_backward(padded)
         output = _by_rows(_lrn_output, fused, ctx.window, torch.empty_like(x), padded)
@@ -289,7 +295,7 @@ class _LRNFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), (n, c, h, w) = ctx.saved_tensors, grad.shape
         grad = grad.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
-        cross, centre = _padded(grad, *reversed(ctx.margins))  # the window, seen from the other side
+        cross, centre = _padded(grad, ctx.window.after, ctx.window.before)  # the window, seen from the other side
         _by_rows(_lrn_cross_term, ctx.fused, ctx.window, centre, x, grad)
         grad = _by_rows(_lrn_gradient, ctx.fused, ctx.window, torch.empty_like(grad), x, grad, cross)
         return grad.view(n, h, w, c).permute(0, 3, 1, 2), *[None] * 6
@@ -300,7 +306,7 @@ class LocalResponseNormalization(nn.Module):
 
     The formula of section 3.3 of the AlexNet paper, with alpha divided by the size of the window as Krizhevsky's own
     code and `nn.LocalResponseNorm` do, and the formula as printed does not. It equals `nn.LocalResponseNorm`, whose
-    avg_pool3d has no deterministic gradient on CUDA and takes two thirds of a training step on a CPU.
+    avg_pool3d has no deterministic gradient on CUDA and takes most of a training step on a CPU.
 
     Shapes: (N, C, H, W) to (N, C, H, W), any floating type, fastest in channels_last; the denominator is computed in
     fp32 or better. Differentiable once.
@@ -336,9 +342,9 @@ class LocalResponseNormalization(nn.Module):
         return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}" + ", relu" * self.relu
 
 
-# Max-pooling 3x3 with stride 2 as fused loops over (N, H, W, C), for the first layer on a CPU: there PyTorch writes and
-# reads the place of every maximum as 64 bits, four times its value in bf16. Here the place is the position in the
-# window, 0 to 8, in the type of the values; of equal values the first counts, as in PyTorch.
+# Max-pooling 3x3 with stride 2 as fused loops over (N, H, W, C). PyTorch writes and reads the place of every maximum as
+# 64 bits, four times its value in bf16. Here row and column in the window are one number, 4 i + j, in the type of the
+# values; of equal values the first counts, as in PyTorch. (torch.compile of nn.MaxPool2d is slower than either.)
 
 
 def _pool_output(size: tuple[int, int], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,20 +352,20 @@ def _pool_output(size: tuple[int, int], x: Tensor) -> tuple[Tensor, Tensor]:
     best, place = x.new_full((), -math.inf), x.new_zeros(())
     for i, j in itertools.product(range(3), range(3)):
         values = x[:, i : i + rows : 2, j : j + columns : 2]
-        place = torch.where(values > best, 3 * i + j, place)
+        place = torch.where(values > best, 4 * i + j, place)
         best = torch.maximum(values, best)
     return best, place
 
 
 def _pool_gradient(size: tuple[int, int], grad: Tensor, place: Tensor) -> Tensor:
-    total = grad.new_zeros((), dtype=torch.promote_types(grad.dtype, torch.float32))
+    total, wide = 0, torch.promote_types(grad.dtype, torch.float32)
     y, x = torch.arange(size[0], device=grad.device)[:, None], torch.arange(size[1], device=grad.device)
     for up, left in itertools.product(range(2), range(2)):  # an input is in at most 2 x 2 windows
         i, j = y // 2 - up, x // 2 - left
-        is_in = (i >= 0) & (i < grad.size(1)) & (y - 2 * i < 3) & (j >= 0) & (j < grad.size(2)) & (x - 2 * j < 3)
-        here = torch.where(is_in, 3 * (y - 2 * i) + x - 2 * j, -1)[:, :, None]
+        exists = (i >= 0) & (i < grad.size(1)) & (j >= 0) & (j < grad.size(2))
+        here = torch.where(exists, 4 * (y - 2 * i) + x - 2 * j, -1)[:, :, None]
         window = (slice(None), i.clamp(0, grad.size(1) - 1), j.clamp(0, grad.size(2) - 1))
-        total = total + torch.where(place[window] == here, grad[window], 0)
+        total = total + torch.where(place[window] == here, grad[window].to(wide), 0)
     return total.to(grad.dtype)
 
 
@@ -380,8 +386,8 @@ class _MaxPoolFunction(torch.autograd.Function):
 class FusedMaxPool(nn.Module):
     """`nn.MaxPool2d(3, 2)` as two loops made by torch.compile: (N, C, H, W) to (N, C, (H - 1) // 2, (W - 1) // 2).
 
-    It computes the same from the same; a gradient that is the sum of several is rounded once. Needs H and W of at
-    least 3, and compiles anew for every other H, W or type.
+    The output is the same; a gradient that is the sum of several is rounded once. Needs H and W of at least 3, and
+    compiles anew for every other H, W or type, up to torch.compile's limit of eight; then it runs eagerly.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -514,9 +520,12 @@ class CompactNet(nn.Module):
     depends on 46x46 pixels, more than the image has. Dropout is of whole channels: drawing a mask for every value takes
     half of the time of a step on a CPU.
 
-        dilated, rate 2         (N,  32, 32, 32)   max-pool 2x2   (N,  32, 16, 16)
-        depthwise separable     (N,  64, 16, 16)   max-pool 2x2   (N,  64,  8,  8)
-        standard, residual      (N, 128,  8,  8)   global average (N, 128)
+        1 standard              (N,  32, 32, 32)
+        2 dilated, rate 2       (N,  32, 32, 32)   max-pool 2x2   (N,  32, 16, 16)
+        2 depthwise separable   (N,  64, 16, 16)   max-pool 2x2   (N,  64,  8,  8)
+        3 standard              (N, 128,  8,  8)   global average (N, 128)
+
+    A residual connection is around the second dilated, the second separable, and the last two standard blocks.
     """
 
     def __init__(self, num_classes: int = 10, dropout: float = 0.03) -> None:
@@ -829,11 +838,10 @@ def read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
         is_picture = lambda path: Path(path).suffix.lower() in SUFFIXES  # noqa: E731
         listing = torchvision.datasets.ImageFolder(str(folder), is_valid_file=is_picture)
     except OSError as error:
-        reason = str(error).splitlines()[0].replace("\n", " ") or type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise Problem(f"--dataset: {folder} should hold one folder of pictures for each class ({reason})", 2) from None
-    once = {
-        (os.path.realpath(path), label): (path, label) for path, label in listing.samples
-    }  # links may go in circles
+    # links may go in circles
+    once = {(os.path.realpath(path), label): (path, label) for path, label in listing.samples}
     paths, labels = zip(*once.values())
     images = read_pictures([Path(path) for path in paths])
     if failures := [picture for picture in images if isinstance(picture, str)]:
@@ -964,7 +972,6 @@ def download(filename: str, md5: str, size: int, data_dir: Path) -> None:
                     if received > size:
                         raise OSError("not the official file, it is larger")
                     show_progress(f"{filename}: {received / 1e6:.0f} of {size / 1e6:.0f} MB from {url.split('/')[2]}")
-            show_progress("")
             if torchvision.datasets.utils.check_integrity(str(partial), md5):
                 os.replace(partial, data_dir / filename)
                 return
@@ -1419,9 +1426,8 @@ def choose_device(name: str) -> torch.device:
     Raises:
         Problem: if the machine has no such device.
     """
-    if (
-        name in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
-    ):  # under torchrun, a GPU for each
+    # under torchrun, a GPU for each
+    if name in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     elif name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -1448,42 +1454,47 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def fuse_normalization(model: nn.Module, wanted: str, device: torch.device, precision: str) -> bool:
-    """Have torch.compile fuse the normalisation layers, if wanted and possible; says in one line why it is not.
+def fuse_layers(model: nn.Module, wanted: str, device: torch.device, precision: str) -> bool:
+    """Have torch.compile fuse some layers, if wanted and possible; says in one line why it is not.
 
-    It is tried here on a small input, so that a missing or broken compiler shows before training and not within it.
-    A ReLU that is defined just before such a layer is fused with it, and an nn.Identity takes its place. Of a network
-    with such layers the first max-pooling, which has the largest input, is fused too.
+    They are those of local response normalisation, with a ReLU that is defined just before (and used nowhere else: an
+    nn.Identity takes its place), and the first max-pooling 3x3 with stride 2, which has the largest input. A copy of
+    the network is tried on two images, so that a missing or broken compiler shows here and not within training.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, LocalResponseNormalization)]
-    if not layers or wanted == "off" or (wanted == "auto" and device.type == "mps"):
+    poolings = [name for name, layer in model.named_modules() if repr(layer) == repr(nn.MaxPool2d(3, 2))]
+    has_lrn = any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
+    if not (poolings or has_lrn) or wanted == "off" or (wanted == "auto" and device.type == "mps"):
         return False
+
+    def fuse(model: nn.Module) -> nn.Module:
+        for (name, previous), (_, layer) in itertools.pairwise([("", None), *model.named_modules()]):
+            if isinstance(layer, LocalResponseNormalization):
+                layer.fuse(relu=isinstance(previous, nn.ReLU))
+                if layer.relu:
+                    model.set_submodule(name, nn.Identity())
+        for name in poolings[:1]:
+            model.set_submodule(name, FusedMaxPool())
+        return model
+
     try:
-        trial = LocalResponseNormalization(**{k: getattr(layers[0], k) for k in ("size", "alpha", "beta", "k")})
-        trial.fuse(relu=True)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        images = torch.rand(2, 96, 5, 5, device=device, dtype=dtype).requires_grad_()
-        trial(images).sum().backward()
+        images = torch.zeros(2, 3, 32, 32, device=device).to(memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output = fuse(copy.deepcopy(model)).eval()(images)
+        output.float().sum().backward()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if wanted == "on":
             raise Problem(f"--compile on: torch.compile does not work here ({reason})", 2) from None
-        print(f"note: running without torch.compile, several times slower on a CPU ({reason})")
+        print(f"note: running without torch.compile, on a CPU about half as fast ({reason})")
         return False
-    for (name, previous), (_, layer) in itertools.pairwise([("", None), *model.named_modules()]):
-        if isinstance(layer, LocalResponseNormalization):
-            layer.fuse(relu=isinstance(previous, nn.ReLU))
-            if layer.relu:
-                model.set_submodule(name, nn.Identity())
-    for name in [name for name, layer in model.named_modules() if isinstance(layer, nn.MaxPool2d)][:1]:
-        model.set_submodule(name, FusedMaxPool())
+    fuse(model)
     return True
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep large blocks that are freed, for the next step to use.
 
-    By default it hands every one back to the kernel and gets it again zeroed, page by page: half of a step on a CPU.
+    By default it hands every one back to the kernel and gets it again zeroed, page by page: much of a step on a CPU.
     Settings of the process, so only `main` makes them; elsewhere than on glibc they do nothing.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch asks for 2 MB pages
@@ -1736,7 +1747,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def caption(name: str) -> str:
-    """A user's name as matplotlib should write it: with spaces, and without taking a $ for the begin of a formula."""
+    """A user's name as matplotlib should write it: with spaces, and a $ is not the beginning of a formula."""
     return name.replace("_", " ").replace("$", r"\$")
 
 
@@ -2015,7 +2026,7 @@ def evaluate_checkpoint(config: Config, given: set[str]) -> dict[str, Any]:
     constants = (data.classes, checkpoint["mean"], checkpoint["std"], EVAL_BATCH_SIZE)
     loader = CifarLoader(data.test_images, data.test_labels, *constants, device=device)
     precision = choose_precision(config.precision, device)
-    fuse_normalization(model, config.compile, device, precision)
+    fuse_layers(model, config.compile, device, precision)
     figures, evaluation = test_figures(model, loader, precision)
     if not config.json:
         print_test(f"{path} (epoch {checkpoint['epoch']}) on {figures['test_images']:,} test images", figures)
@@ -2082,7 +2093,7 @@ def prepare(config: Config, before: dict[str, Any]) -> Run:
         else:
             print("note: batch normalisation sees the share of each process alone: other steps than one would take")
     wanted = "off" if config.compile == "auto" and not before.get("compiled", True) else config.compile
-    fused = fuse_normalization(model, wanted, device, precision)
+    fused = fuse_layers(model, wanted, device, precision)
     hardware = describe_hardware(device, precision, fused)
     if changed := [f"{k} was {before[k]}, is {v}" for k, v in hardware.items() if before.get(k, v) != v]:
         print(f"note: not bit for bit what it would have been: {'; '.join(changed)}")

@@ -3,8 +3,9 @@
 
     python tests/denominator.py results/cifar10-default/best.pt
 
-On held-out images (never the test set), in fp32. First, over one batch of them: the mean and the percentiles of d / k,
-where d is the denominator before its power beta; 1 means that the layer only multiplies by k^-beta. Then the validation
+On held-out images (never the test set), in fp32. First, over one batch of them: the mean and the percentiles of d / k
+where the activation is not 0; d is the denominator before its power beta, and 1 means that the layer only multiplies by
+k^-beta. Then the validation
 accuracy of the same weights, with each layer as it is, and with that constant in the place of one or all of them.
 """
 
@@ -24,9 +25,8 @@ import cifar_krizhevsky as script  # noqa: E402
 PERCENTILES = (0.01, 0.5, 0.99, 0.9999)
 
 
-def ratios(layer: nn.Module, x: Tensor) -> Tensor:
-    """d / k of every value, from the layer's own output: y = x d^-beta."""
-    y = layer.forward(x)
+def ratios(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """d / k of every value, from the layer's input and output: y = x d^-beta."""
     used = x != 0  # where x is 0, so is y, and d is not seen
     return (x[used] / y[used]) ** (1 / layer.beta) / layer.k
 
@@ -47,13 +47,17 @@ def main() -> None:
     args = parser.parse_args()
     script.keep_freed_memory()
     model, _, config = script.load_trained(args.checkpoint, torch.device("cpu"))
+    if not config.val_size:
+        parser.error(f"{args.checkpoint} was trained with --val-size 0: no images are held out")
     _, loader, _ = script.get_cifar_data_loaders(
         128, config.dataset, args.data_dir, config.val_size, 0, "cpu", config.inputs
     )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, script.LocalResponseNormalization)}
 
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-    hooks = [m.register_forward_pre_hook(lambda m, x, n=n: seen[n].append(ratios(m, x[0]))) for n, m in layers.items()]
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        m.register_forward_hook(lambda m, x, y, n=n: seen.update({n: ratios(m, x[0], y)})) for n, m in layers.items()
+    ]
     with torch.no_grad():
         images, _ = next(iter(loader))
         model(images)
@@ -61,8 +65,8 @@ def main() -> None:
         hook.remove()
     titles = "".join(f"{100 * p:>9g} %" for p in PERCENTILES)
     print(f"{len(images)} images\n\n{'d / k':<10}{'mean':>9}{titles}{'largest':>11}")
-    for name, parts in seen.items():
-        values = torch.cat(parts).double().sort().values
+    for name, values in seen.items():
+        values = values.double().sort().values
         cells = [values[round(p * (len(values) - 1))].item() for p in PERCENTILES]
         print(f"{name:<10}{values.mean():9.4f}" + "".join(f"{cell:11.4f}" for cell in cells) + f"{values[-1]:11.4f}")
 

@@ -46,7 +46,7 @@ def with_gradient(function, x: Tensor, seed: int = 1) -> tuple[Tensor, Tensor]:
 def fuse(ck, model: nn.Module) -> None:
     """Where there is no compiler the test is skipped."""
     try:
-        assert ck.fuse_normalization(model, "on", torch.device("cpu"), "fp32")
+        assert ck.fuse_layers(model, "on", torch.device("cpu"), "fp32")
     except ck.Problem as problem:
         pytest.skip(str(problem))
 
@@ -266,9 +266,9 @@ def test_state_dict_has_plain_keys(ck):
     assert set(model.state_dict()) == WEIGHTS
 
 
-@pytest.mark.parametrize("name", ["krizhevsky", "alexnet"])
-def test_a_fused_network_is_the_same_network(ck, name):
-    fused, eager = (ck.build_model(ck.Config(model=name, norm="lrn", lrn_alpha=0.5), 10) for _ in range(2))
+@pytest.mark.parametrize(("name", "norm"), [("krizhevsky", "lrn"), ("krizhevsky", "none"), ("alexnet", "lrn")])
+def test_a_fused_network_is_the_same_network(ck, name, norm):
+    fused, eager = (ck.build_model(ck.Config(model=name, norm=norm, lrn_alpha=0.5), 10) for _ in range(2))
     fuse(ck, fused)
     results = []
     for model in (fused, eager):
@@ -279,6 +279,7 @@ def test_a_fused_network_is_the_same_network(ck, name):
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-4)
     assert results[0][1].abs().max() > 0
+    assert [type(layer) for layer in fused.modules()].count(ck.FusedMaxPool) == 1
     assert list(fused.state_dict()) == list(eager.state_dict())
 
 
