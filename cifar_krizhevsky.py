@@ -282,7 +282,8 @@ class _LRNFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, size: int, alpha: float, beta: float, k: float, fused: bool, relu: bool) -> Tensor:
         n, c, h, w = x.shape
-        ctx.window, ctx.fused = _Window(size // 2, (size - 1) // 2, relu, alpha / size, beta, k), fused
+        before, after = min(size // 2, c - 1), min((size - 1) // 2, c - 1)  # beyond them every window has only zeros
+        ctx.window, ctx.fused = _Window(before, after, relu, alpha / size, beta, k), fused
         x = x.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
         padded, centre = _padded(x, ctx.window.before, ctx.window.after)
         torch.clamp_min(x, 0, out=centre) if relu else centre.copy_(x)

@@ -85,6 +85,14 @@ def test_lrn_is_the_formula_in_float64(ck, size, beta):
     assert_same(ours, with_gradient(lambda x: formula(x, *constants), x), atol=1e-13, rtol=1e-12)
 
 
+@pytest.mark.parametrize("size", [14, 15, 10**9])
+def test_a_window_wider_than_the_channels_takes_no_more_memory_than_they_do(ck, size):
+    x, alpha = rand(2, 7, 3, 5, scale=4, dtype=torch.float64), 0.2 * size
+    over_all_channels = with_gradient(lambda x: x / (2 + 0.2 * x.square().sum(1, keepdim=True)) ** 0.75, x)
+    ours = with_gradient(ck.LocalResponseNormalization(size, alpha, 0.75, 2.0), x)
+    assert_same(ours, over_all_channels, atol=1e-13, rtol=1e-12)
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, 6])
 @pytest.mark.parametrize("channels", [2, 7])
 def test_gradcheck_in_float64(ck, size, channels):
