@@ -654,8 +654,13 @@ def train_together(config: Config) -> None:
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    join_processes("nccl" if device.type == "cuda" else "gloo", timedelta(hours=12))
+
+
+def join_processes(backend: str, timeout: timedelta) -> None:
+    """Meet the processes that torchrun has started; `timeout`: how long each waits for another."""
     try:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        distributed.init_process_group(backend, timeout=timeout)
     except ValueError as error:
         raise Problem(
             f"WORLD_SIZE is set, but not by torchrun ({error}): start with it, or unset WORLD_SIZE", 2
@@ -2205,6 +2210,7 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
         old = [folder / name for name in ("best.pt", "summary.json", *PICTURES)]
         for path in (*old, *folder.glob("events.out.tfevents.*")):
             path.unlink(missing_ok=True)
+        config.overwrite = False  # done: what stops this run from now on is gone on from with --resume
     if config.tensorboard and processes()[0] == 0:
         open_tensorboard(run)
     train(run)
@@ -2232,7 +2238,7 @@ def run_seeds(config: Config, given: set[str]) -> None:
         print(f"\nseed {seed} of 0 to {config.seeds - 1}")
         summaries[seed] = run_in_folder(one, given)
     if world_size > 1:  # only now, to hand the results to the first process
-        distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        join_processes("gloo", timedelta(days=30))
         parts: list[Any] = [None] * world_size
         distributed.all_gather_object(parts, summaries)
         summaries = {seed: summary for part in parts for seed, summary in part.items()}
@@ -2305,6 +2311,8 @@ def command_line(config: Config) -> str:
 
 def command_to_go_on(config: Config) -> str:
     """The command that continues a run which was stopped."""
+    if config.overwrite:  # the folder still holds the run before
+        return f"{command_line(config)} --overwrite"
     if config.resume and not config.output_dir:
         config = replace(config, output_dir=str(Path(config.resume).parent))
     elif config.resume and not Path(config.output_dir, "last.pt").exists():  # stopped before it got there
@@ -2445,7 +2453,8 @@ def main(argv: list[str] | None = None) -> int:
         if config.resume and Path(config.resume).is_dir():
             config = replace(config, resume=str(Path(config.resume, "last.pt")))
         folder = config.output_dir or (Path(config.resume).parent if config.resume else default_folder(config))
-        run_in_folder(replace(config, output_dir=str(folder)), given)
+        config = replace(config, output_dir=str(folder))
+        run_in_folder(config, given)
         return 0
     except Problem as problem:
         message, code = str(problem), problem.exit_code

@@ -362,7 +362,8 @@ def test_a_world_size_that_torchrun_has_not_set_is_named(fails, tmp_path, monkey
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    assert "torchrun" in fails(*RUN, "--output-dir", tmp_path, code=2)
+    assert "torchrun" in fails(*RUN, "--output-dir", tmp_path / "one", code=2)
+    assert "torchrun" in fails(*RUN, "--seeds", 2, "--output-dir", tmp_path / "several", code=2)
 
 
 def test_best_and_last_are_told_apart(fails, trained, picture, tmp_path):

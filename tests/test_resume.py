@@ -425,6 +425,16 @@ def test_overwrite_replaces_a_run(halfway, whole, tmp_path):
     assert differences(tmp_path / "run", whole) == []
 
 
+@pytest.mark.parametrize("moment", ["before last.pt", "after last.pt", "step"])
+def test_an_overwriting_run_that_is_stopped_goes_on_by_the_printed_command(moment, whole, tmp_path):
+    assert train(*RUN, "--lr", "0.5", "--output-dir", "run", cwd=tmp_path).returncode == 0
+    stopped = train(*RUN, "--output-dir", "run", "--overwrite", cwd=tmp_path, blow=(signal.SIGINT, moment, 1))
+    assert stopped.returncode == 130
+    resumed = train(*command_in(stopped.stdout), cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert differences(tmp_path / "run", whole) == []
+
+
 def test_resume_never_replaces_a_best_network_whose_last_pt_is_gone(whole, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "best.pt").write_bytes((whole / "best.pt").read_bytes())
