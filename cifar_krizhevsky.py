@@ -292,8 +292,9 @@ class _LRNFunction(torch.autograd.Function):
         return output.view(n, h, w, c).permute(0, 3, 1, 2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable would not see a derivative by x
+            raise RuntimeError("LocalResponseNormalization can be differentiated only once")
         (x,), (n, c, h, w) = ctx.saved_tensors, grad.shape
         grad = grad.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
         cross, centre = _padded(grad, ctx.window.after, ctx.window.before)  # the window, seen from the other side
@@ -387,11 +388,13 @@ class _MaxPoolFunction(torch.autograd.Function):
 class FusedMaxPool(nn.Module):
     """`nn.MaxPool2d(3, 2)` as two loops made by torch.compile: (N, C, H, W) to (N, C, (H - 1) // 2, (W - 1) // 2).
 
-    The output is the same; a gradient that is the sum of several is rounded once. Needs H and W of at least 3, and
-    compiles anew for every other H, W or type, up to torch.compile's limit of eight; then it runs eagerly.
+    The output is the same; a gradient that is the sum of several is rounded once, and that of a NaN may go to its
+    neighbour. Compiles anew for every other H, W or type, up to torch.compile's limit of eight; then it runs eagerly.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 4 or x.size(0) < 2 or min(x.shape[2:]) < 3:  # one image would be compiled anew
+            return F.max_pool2d(x, 3, 2)
         return _MaxPoolFunction.apply(x)
 
 
@@ -640,7 +643,8 @@ def show_progress(line: str) -> None:
 
 def launched() -> tuple[int, int]:
     """Rank and world size as torchrun has set them, whether they train together or not; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    return (int(numbers[0]), int(numbers[1])) if all(map(str.isdecimal, numbers)) else (0, 1)
 
 
 def processes() -> tuple[int, int]:
@@ -654,17 +658,7 @@ def train_together(config: Config) -> None:
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    join_processes("nccl" if device.type == "cuda" else "gloo", timedelta(hours=12))
-
-
-def join_processes(backend: str, timeout: timedelta) -> None:
-    """Meet the processes that torchrun has started; `timeout`: how long each waits for another."""
-    try:
-        distributed.init_process_group(backend, timeout=timeout)
-    except ValueError as error:
-        raise Problem(
-            f"WORLD_SIZE is set, but not by torchrun ({error}): start with it, or unset WORLD_SIZE", 2
-        ) from None
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
 
 
 @contextlib.contextmanager
@@ -1475,14 +1469,16 @@ def fuse_layers(model: nn.Module, wanted: str, device: torch.device, precision: 
     def fuse(model: nn.Module) -> nn.Module:
         for (name, previous), (_, layer) in itertools.pairwise([("", None), *model.named_modules()]):
             if isinstance(layer, LocalResponseNormalization):
-                layer.fuse(relu=isinstance(previous, nn.ReLU))
-                if layer.relu:
+                layer.fuse(relu=layer.relu or isinstance(previous, nn.ReLU))
+                if isinstance(previous, nn.ReLU):
                     model.set_submodule(name, nn.Identity())
         for name in poolings[:1]:
             model.set_submodule(name, FusedMaxPool())
         return model
 
     try:
+        if "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
+            raise RuntimeError("TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set")
         images = torch.zeros(2, 3, 32, 32, device=device).to(memory_format=torch.channels_last).requires_grad_()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = fuse(copy.deepcopy(model)).eval()(images)
@@ -1720,7 +1716,9 @@ def agree_with_checkpoint(config: Config, given: set[str], saved: Config, epoch:
     merged = {}
     for option in fields(Config):
         name, now, then = option.name, getattr(config, option.name), getattr(saved, option.name)
-        if name == "milestones" and name in given and drop_epochs(config) == milestones:
+        same_drops = name == "milestones" and drop_epochs(config) == milestones
+        impossible = name == "compile" and then == "on"  # it may be, on this machine
+        if name in given and (same_drops or impossible):
             then = now
         merged[name] = now if option.metadata.get("free") else then
         if now == then or option.metadata.get("free"):
@@ -1884,12 +1882,10 @@ def show_pictures(paths: list[Path]) -> None:
 
 
 def open_tensorboard(run: Run) -> None:
-    """Start TensorBoard's file anew, with the epochs that are behind a resumed run."""
+    """Start a file for TensorBoard, with the epochs that are behind a resumed run."""
     from torch.utils.tensorboard import SummaryWriter
 
-    for old in run.folder.glob("events.out.tfevents.*") if run.history else ():
-        old.unlink()
-    run.tensorboard = SummaryWriter(str(run.folder))
+    run.tensorboard = SummaryWriter(str(run.folder), purge_step=0)  # in place of what earlier files say
     for row in run.history:
         log_epoch(run, row)
 
@@ -2025,6 +2021,8 @@ def evaluate_checkpoint(config: Config, given: set[str]) -> dict[str, Any]:
     device, path = choose_device(config.device), Path(config.checkpoint)
     model, checkpoint, trained = load_trained(path, device)
     as_trained = {name: getattr(trained, name) for name in ("dataset", "precision", "compile") if name not in given}
+    if as_trained.get("compile") == "on":
+        as_trained["compile"] = "auto"  # here it may not work
     config = replace(config, **as_trained)
     data = read_dataset(config.dataset, config.data_dir)
     if data.classes != checkpoint["classes"]:
@@ -2224,13 +2222,17 @@ RESULTS = {
 }
 
 
-def run_seeds(config: Config, given: set[str]) -> None:
+def run_seeds(config: Config) -> None:
     """Run seeds 0 to N-1, each in its own folder, and print the mean and the standard deviation of their results.
 
     A seed that has been started goes on where it stopped; one that is finished is not run again. Under torchrun each
     process runs seeds of its own: they need nothing from each other, so that N processes do N times the work.
+
+    Raises:
+        Problem: if a folder holds a run with other settings.
     """
     summaries, (rank, world_size) = {}, launched()
+    given = {option.name for option in fields(config)}  # no seed goes on with settings that the others do not have
     for seed in range(rank, config.seeds, world_size):
         one = replace(config, seed=seed, resume="")
         folder = Path(config.output_dir) / f"seed{seed}" if config.output_dir else default_folder(one)
@@ -2238,7 +2240,7 @@ def run_seeds(config: Config, given: set[str]) -> None:
         print(f"\nseed {seed} of 0 to {config.seeds - 1}")
         summaries[seed] = run_in_folder(one, given)
     if world_size > 1:  # only now, to hand the results to the first process
-        join_processes("gloo", timedelta(days=30))
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))
         parts: list[Any] = [None] * world_size
         distributed.all_gather_object(parts, summaries)
         summaries = {seed: summary for part in parts for seed, summary in part.items()}
@@ -2270,8 +2272,10 @@ def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
         last_file = folder / "last.pt"
         own = last_file.exists() and config.resume is not None
         own = own and Path(config.resume or last_file).resolve() == last_file.resolve()
-        if not own and not config.overwrite and any((folder / name).exists() for name in RUN_FILES):
-            ways = "--overwrite replaces it, --output-dir takes another folder"
+        holds_run = any((folder / name).exists() for name in RUN_FILES)
+        config.overwrite = config.overwrite and holds_run
+        if holds_run and not own and not config.overwrite:
+            ways = "--overwrite replaces it, " * (not config.seeds) + "--output-dir takes another folder"
             ways = f"--resume goes on with its last.pt, {ways}" if last_file.exists() else f"it has no last.pt, {ways}"
             raise Problem(f"{folder} holds a run already: {ways}", 2)
         own_files = "|".join(map(re.escape, (*RUN_FILES, *PICTURES)))
@@ -2293,31 +2297,34 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def command_line(config: Config) -> str:
-    """The command that makes this run from nothing: every flag that does not have its default."""
+def command_line(config: Config, given: Iterable[str] = ()) -> str:
+    """The command that makes this run from nothing: every flag that does not have its default, or is in `given`."""
     world_size = launched()[1] if config.seeds else processes()[1]
-    start = ["python"] if world_size == 1 else ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+    start = ["python"] if world_size == 1 else ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
     script, name = sys.argv[0], Path(__file__).name
     words = [*start, script if Path(script).name == name else name]
     for option in fields(Config):
         value = getattr(config, option.name)
-        implied = (option.metadata["default"], str(default_folder(config)) if option.name == "output_dir" else None)
+        own_folder = option.name == "output_dir" and not config.seeds and value == str(default_folder(config))
         idle = option.name == "norm" and config.model not in MODELS_WITH_LRN  # which have none, and no flag for it
-        if value not in implied and option.name not in ("resume", "overwrite") and not idle:
+        wanted = value not in (option.metadata["default"], None) or option.name in given
+        if wanted and not (own_folder or idle) and option.name not in ("resume", "overwrite"):
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [flag_name(option.name), *map(str, values)]
+            if words[-1].startswith("-") and values:
+                words[-2:] = [f"{words[-2]}={words[-1]}"]
     return shlex.join(words)
 
 
-def command_to_go_on(config: Config) -> str:
+def command_to_go_on(config: Config, given: set[str]) -> str:
     """The command that continues a run which was stopped."""
     if config.overwrite:  # the folder still holds the run before
-        return f"{command_line(config)} --overwrite"
+        return f"{command_line(config, given)} --overwrite"
     if config.resume and not config.output_dir:
         config = replace(config, output_dir=str(Path(config.resume).parent))
     elif config.resume and not Path(config.output_dir, "last.pt").exists():  # stopped before it got there
-        return f"{command_line(config)} --resume {shlex.quote(config.resume)}"
-    return command_line(config) + ("" if config.seeds else " --resume")
+        return f"{command_line(config, given)} --resume {shlex.quote(config.resume)}"
+    return command_line(config, given) + ("" if config.seeds else " --resume")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -2425,6 +2432,10 @@ def main(argv: list[str] | None = None) -> int:
         if launched()[0] > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (one process prints)
         config, given = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if config.resume and Path(config.resume).is_dir():
+            config.resume = str(Path(config.resume, "last.pt"))
+        if launched()[1] > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
+            raise Problem("WORLD_SIZE is set, but not by torchrun: start with it, or unset WORLD_SIZE", 2)
         keep_freed_memory()
         if launched()[0] > 0 and (config.summary or config.checkpoint):
             return 0
@@ -2446,12 +2457,10 @@ def main(argv: list[str] | None = None) -> int:
             except ImportError:
                 raise Problem("--tensorboard needs a package: python -m pip install tensorboard", 2) from None
         if config.seeds:
-            run_seeds(config, given)
+            run_seeds(config)
             return 0
         if launched()[1] > 1:
             train_together(config)
-        if config.resume and Path(config.resume).is_dir():
-            config = replace(config, resume=str(Path(config.resume, "last.pt")))
         folder = config.output_dir or (Path(config.resume).parent if config.resume else default_folder(config))
         config = replace(config, output_dir=str(folder))
         run_in_folder(config, given)
@@ -2460,20 +2469,20 @@ def main(argv: list[str] | None = None) -> int:
         message, code = str(problem), problem.exit_code
     except (Stopped, KeyboardInterrupt) as stop:
         show_progress("")
-        if config.checkpoint:
+        if config.checkpoint or config.summary:
             return 130
-        print(f"stopped; finished epochs are kept. To go on:\n  {command_to_go_on(config)}", flush=True)
+        print(f"stopped; finished epochs are kept. To go on:\n  {command_to_go_on(config, given)}", flush=True)
         return getattr(stop, "exit_code", 130)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        message, code = f"nobody reads the output any more. To go on: {command_to_go_on(config)}", 1
+        message, code = f"nobody reads the output any more. To go on: {command_to_go_on(config, given)}", 1
     except OSError as error:
         message, code = f"{error.filename or 'system'}: {error.strerror or error}", 1
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             message, code = "out of memory: a lower --batch-size needs less", 1
         elif processes()[1] > 1 and re.search("gloo|NCCL|[Cc]onnection|peer", str(error)):
-            message, code = f"another process of this run has ended. To go on:\n  {command_to_go_on(config)}", 1
+            message, code = f"another process of this run has ended. To go on:\n  {command_to_go_on(config, given)}", 1
         else:
             raise  # a defect of this script, which its traceback shows
     show_progress("")

@@ -156,7 +156,7 @@ def test_the_fused_kernels_are_compiled_once_for_every_batch_size(ck):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 8, 32, 32), (1, 5, 15, 7), (2, 5, 3, 4), (0, 5, 6, 6)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 8, 32, 32), (4, 5, 15, 7), (2, 5, 3, 4), (0, 5, 6, 6)], ids=str)
 def test_fused_max_pooling_is_that_of_pytorch(ck, shape, dtype):
     torch._dynamo.reset()  # after eight shapes it would go on without compiling
     fuse(ck, ck.LocalResponseNormalization())
@@ -189,6 +189,14 @@ def test_lrn_leaves_its_input_as_it_was(ck):
     with_gradient(ck.LocalResponseNormalization(), x)
     ck.LocalResponseNormalization()(x)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("differentiate", ["by x", "by what x is made of"])
+def test_a_second_derivative_is_refused_not_wrong(ck, differentiate):
+    w, x = torch.ones(1, requires_grad=True), rand(2, 7, 3, 5).requires_grad_()
+    y = ck.LocalResponseNormalization(5, 0.5)(x if differentiate == "by x" else w * x)
+    with pytest.raises(RuntimeError, match="only once"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 def test_lrn_of_no_images_is_no_images(ck):
@@ -289,6 +297,34 @@ def test_a_fused_network_is_the_same_network(ck, name, norm):
     assert results[0][1].abs().max() > 0
     assert [type(layer) for layer in fused.modules()].count(ck.FusedMaxPool) == 1
     assert list(fused.state_dict()) == list(eager.state_dict())
+
+
+def test_fusing_a_fused_network_again_keeps_its_relus(ck):
+    model = ck.build_model(ck.Config(lrn_alpha=0.5), 10)
+    for _ in range(2):
+        fuse(ck, model)
+        assert model.norm1.relu and model.norm2.relu
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 5), (1, 3, 5, 6)])
+def test_pooling_of_a_last_batch_of_one_image_is_not_compiled_anew(ck, shape, monkeypatch):
+    monkeypatch.setattr(ck, "_fused", None)
+    assert torch.equal(ck.FusedMaxPool()(rand(*shape)), nn.MaxPool2d(3, 2)(rand(*shape)))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2, 5), (3, 5)])
+def test_pooling_refuses_what_pytorch_refuses(ck, shape):
+    for pooling in (nn.MaxPool2d(3, 2), ck.FusedMaxPool()):
+        with pytest.raises(RuntimeError):
+            pooling(rand(*shape))
+
+
+@pytest.mark.parametrize("name", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_what_is_not_compiled_is_not_called_compiled(ck, name, monkeypatch, capsys):
+    monkeypatch.setenv(name, "1")
+    model = ck.build_model(ck.Config(), 10)
+    assert not ck.fuse_layers(model, "auto", torch.device("cpu"), "fp32")
+    assert name in capsys.readouterr().out and "FusedMaxPool" not in repr(model)
 
 
 def test_a_seed_gives_always_the_same_weights_and_another_seed_others(ck):

@@ -869,6 +869,15 @@ def test_overwriting_a_run_clears_its_figures_from_tensorboard_too(ck, call, tmp
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {".lock"}
 
 
+def test_overwriting_where_no_run_was_leaves_the_files_of_others(ck, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(ck, "SYNTHETIC_COUNTS", (80, 10))
+    monkeypatch.setattr(ck, "save_pictures", lambda *_: [])
+    others = tmp_path / "events.out.tfevents.1.host.2.0"
+    others.write_bytes(b"of another program")
+    call(*SMALL_RUN, "--model", "compact", "--val-size", 20, "--epochs", 1, "--overwrite", "--output-dir", tmp_path)
+    assert others.read_bytes() == b"of another program"
+
+
 def test_without_tensorboard_one_line_says_how_to_install_it(fails, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # as Python marks what is not to be found
     message = fails(*SMALL_RUN, "--tensorboard", "--output-dir", tmp_path / "run")

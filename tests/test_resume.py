@@ -296,6 +296,30 @@ def test_stopped_seeds_go_on_by_the_printed_command(tmp_path):
     assert (tmp_path / "some seeds" / "seed1" / "summary.json").exists()
 
 
+def test_the_printed_command_keeps_what_was_passed_even_if_it_is_the_default(tmp_path):
+    train(*RUN, "--epochs", "1", "--milestones", "1", "--output-dir", "run", cwd=tmp_path)
+    longer = ["--resume", "run", "--epochs", "200", "--milestones", "1"]
+    stopped = train(*longer, cwd=tmp_path, blow=(signal.SIGINT, "before last.pt", 1))
+    assert stopped.returncode == 130
+    assert "--epochs 200" in " ".join(command_in(stopped.stdout))
+
+
+def test_the_printed_command_of_several_seeds_names_their_folder(tmp_path):
+    folder = "runs/synthetic-krizhevsky-seed0"
+    stopped = train(*RUN, "--seeds", "2", "--output-dir", folder, cwd=tmp_path, blow=(signal.SIGINT, "step", 1))
+    assert f"--output-dir {folder}" in " ".join(command_in(stopped.stdout))
+
+
+def test_seeds_do_not_go_on_with_a_run_of_other_settings(tmp_path):
+    train(*RUN, "--epochs", "1", "--lr", "0.5", "--output-dir", "runs/seed0", cwd=tmp_path)
+    before = (tmp_path / "runs" / "seed0" / "last.pt").read_bytes()
+    for flags, name in ((["--epochs", "1"], "--lr"), (["--epochs", "2", "--lr", "0.5"], "--epochs")):
+        refused = train(*RUN, *flags, "--seeds", "2", "--output-dir", "runs", cwd=tmp_path)
+        assert refused.returncode == 2
+        assert name in one_line_error(refused)
+    assert (tmp_path / "runs" / "seed0" / "last.pt").read_bytes() == before
+
+
 def test_a_stopped_run_goes_on_on_the_device_it_was_started_on(tmp_path):
     stopped = train(*RUN, "--device", "cpu", "--output-dir", "run", cwd=tmp_path, blow=(signal.SIGINT, "step", 2))
     assert "--device cpu" in stopped.stdout.splitlines()[-1]
