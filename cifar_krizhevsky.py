@@ -1278,9 +1278,11 @@ class StopRequests:
             self.handlers = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, problem: type | None, *_: Any) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.handlers and problem and processes()[1] > 1:  # torchrun's SIGTERM may come before it has been told
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _receive(self, number: int, _: Any) -> None:
         self.received = number
