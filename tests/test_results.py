@@ -44,7 +44,8 @@ def test_every_figure_of_the_row_is_that_of_the_summary(folder):
     assert numbers(row["epochs"]) == [summary["epochs"]]
     assert numbers(row["initial learning rate"]) == [summary["lr"]]
     assert numbers(row["weight decay"]) == [summary["weight_decay"]]
-    assert row["best validation accuracy"] == f"{summary['best_val_accuracy']:.2f}"
+    held_out = summary["val_size"] > 0
+    assert row["best validation accuracy"] == (f"{summary['best_val_accuracy']:.2f}" if held_out else "–")
     assert row["test accuracy"] == f"{100 - summary['test_error']:.2f}"
     for column, key in (("test error, single view", "test_error"), ("10 views", "test_error_multi_view")):
         low, high = summary[f"{key}_interval"]
@@ -60,8 +61,13 @@ def test_the_table_of_epochs_belongs_to_the_summary(folder):
     with open(folder / "metrics.csv", newline="") as file:
         epochs = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in epochs] == list(range(1, summary["epochs"] + 1))
-    best = max(epochs, key=lambda row: float(row["val_accuracy"]))
-    assert (int(best["epoch"]), float(best["val_accuracy"])) == (summary["best_epoch"], summary["best_val_accuracy"])
+    if summary["val_size"]:
+        best = max(epochs, key=lambda row: float(row["val_accuracy"]))
+        chosen = int(best["epoch"]), float(best["val_accuracy"])
+    else:
+        assert {row["val_accuracy"] for row in epochs} == {""}
+        chosen = summary["epochs"], None
+    assert chosen == (summary["best_epoch"], summary["best_val_accuracy"])
     for picture in ("curves.png", "predictions.png", "confusion.png", "filters.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
