@@ -87,6 +87,19 @@ def test_the_published_weights_give_the_published_error_again(folder, request, t
     assert figures["test_loss"] == pytest.approx(summary["test_loss"], rel=0.01)
 
 
+def test_the_search_is_that_of_its_files_and_never_saw_the_test_set():
+    table = section_table("The search for better hyperparameters", "### ")
+    files = sorted((ROOT / "results" / "search").glob("*.json"))
+    assert set(table) == {f"`results/search/{file.name}`" for file in files}
+    for file in files:
+        summary, row = json.loads(file.read_text()), table[f"`results/search/{file.name}`"]
+        assert summary["no_test"] and not any(key.startswith("test_") for key in summary)
+        assert row["command"].strip("`") == summary["command"] and "--no-test" in summary["command"]
+        assert numbers(row["epochs"]) == [summary["epochs"]]
+        assert row["best validation accuracy"] == f"{summary['best_val_accuracy']:.2f}"
+        assert row["last epoch"] == f"{summary['last_val_accuracy']:.2f}"
+
+
 @pytest.fixture(scope="module")
 def evaluated(ck, cifar10_dir):
     """The real test set, and the classes that the published weights see in its images."""
