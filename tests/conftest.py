@@ -11,8 +11,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "cifar_krizhevsky.py"
 REAL_DATA = ROOT / "data"
 sys.path.insert(0, str(ROOT))
-if "PYTEST_XDIST_WORKER" in os.environ:  # two tests run at once: a thread that waits is not to hold a core for long
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 # the command line, with a synthetic data set of a few hundred images, so that a run takes seconds
 SMALL = f"""
