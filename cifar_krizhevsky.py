@@ -1281,8 +1281,8 @@ class StopRequests:
     def __exit__(self, problem: type | None, *_: Any) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.handlers and problem and processes()[1] > 1:  # torchrun's SIGTERM may come before it has been told
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.handlers and problem and processes()[0] == 0 < processes()[1] - 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before this one has told it
 
     def _receive(self, number: int, _: Any) -> None:
         self.received = number
