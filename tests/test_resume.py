@@ -97,6 +97,7 @@ def send_itself(number: int, moment: str, count: int) -> None:
 
 def _child(arguments: list[str], cwd: Path, blow: tuple | None) -> None:
     os.chdir(cwd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would not have
     with open("stdout", "w", buffering=1) as sys.stdout, open("stderr", "w", buffering=1) as sys.stderr:
         cifar_krizhevsky.SYNTHETIC_COUNTS = COUNTS
         cifar_krizhevsky.save_pictures = lambda *_: []  # they take longer than such a run
