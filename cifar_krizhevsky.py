@@ -1281,7 +1281,8 @@ class StopRequests:
     def __exit__(self, problem: type | None, *_: Any) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.handlers and problem and processes()[0] == 0 < processes()[1] - 1:
+        rank, world_size = processes()
+        if self.handlers and problem and rank == 0 and world_size > 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before this one has told it
 
     def _receive(self, number: int, _: Any) -> None:
@@ -2313,7 +2314,7 @@ def command_line(config: Config, given: Iterable[str] = ()) -> str:
         if wanted and not (own_folder or idle) and option.name not in ("resume", "overwrite"):
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [flag_name(option.name), *map(str, values)]
-            if words[-1].startswith("-") and values:
+            if words[-1].startswith("-") and values:  # as a word of its own it would be taken for a flag
                 words[-2:] = [f"{words[-2]}={words[-1]}"]
     return shlex.join(words)
 
