@@ -92,7 +92,7 @@ def flag(default: Any, help: str, **rules: Any) -> Any:
 
 @dataclass
 class Config:
-    """Everything that a run depends on. Each field is the flag of the same name (`batch_size` is `--batch-size`)."""
+    """All settings. Each field is the flag of the same name (`batch_size` is `--batch-size`)."""
 
     # Data
     dataset: str = flag(
@@ -209,9 +209,10 @@ class _Window(NamedTuple):
 #     y_c = x_c s_c
 #     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum of (g_i x_i s_i / d_i) over the channels i whose window has c
 # where g = dL/dy. It is written by hand, as three passes over rows of channels, because autograd through torch.compile
-# is several times slower. Each writes `out`. `x` has zeros for what the windows have beyond either end, `cross` the
-# same with the sides swapped. All arithmetic is in fp32 or better, whatever the storage: bf16 would round d to k, and
-# the normalisation would silently become a constant.
+# is several times slower. Each writes `out`. `x` is padded with `before` channels of zeros on one side and `after` on
+# the other, for the windows at the ends; `cross` the other way round, because its sum is over the channels whose window
+# has c, and not over the window of c. All arithmetic is in fp32 or better, whatever the storage: bf16 would round d to
+# k, and the normalisation would silently become a constant.
 
 
 def _window_sum(w: _Window, padded: Tensor) -> Tensor:
@@ -618,7 +619,7 @@ def summarize(model: nn.Module) -> list[dict[str, Any]]:
 
 
 class Problem(Exception):
-    """Something that the user can fix, told in one line; it ends the program with this exit code."""
+    """Something that the user can fix, told in one line; the program ends with `exit_code`."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -641,41 +642,30 @@ def show_progress(line: str) -> None:
         print(f"\r\x1b[K{line}", end="", flush=True)
 
 
-def launched() -> tuple[int, int]:
-    """Rank and world size as torchrun has set them, whether they train together or not; (0, 1) without it."""
+def torchrun_group() -> tuple[int, int]:
+    """Rank (from 0) and world size among the processes that torchrun has started; (0, 1) without it."""
     numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
     return (int(numbers[0]), int(numbers[1])) if all(map(str.isdecimal, numbers)) else (0, 1)
 
 
-def processes() -> tuple[int, int]:
-    """Rank (from 0) and world size of processes that train together; (0, 1) where none do."""
-    launched_together = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if launched_together else (0, 1)
+def training_group() -> tuple[int, int]:
+    """Rank and world size among the processes that train one network together; (0, 1) with `--seeds`, where none do."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
 
 
 def train_together(config: Config) -> None:
-    """Join the processes that torchrun has started; from now on `processes` counts them."""
+    """Join the processes that torchrun has started; from now on `training_group` counts them."""
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
 
 
-@contextlib.contextmanager
-def first_process_first() -> Iterator[None]:
-    """Of processes that train together, let the others wait until the first has done it."""
-    rank, world_size = processes()
-    if rank > 0:
-        distributed.barrier()
-    yield
-    if rank == 0 and world_size > 1:
-        distributed.barrier()
-
-
 def same_for_all(make: Callable[[], Any]) -> Any:
     """What `make` gives in the first of the processes that train together, in all of them."""
-    value = [make() if processes()[0] == 0 else None]
-    if processes()[1] > 1:
+    value = [make() if training_group()[0] == 0 else None]
+    if training_group()[1] > 1:
         distributed.broadcast_object_list(value)
     return value[0]
 
@@ -774,7 +764,7 @@ class CifarLoader:
         order = torch.randperm(count, generator=generator)
         y, x = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
         mirrored = torch.rand(count, generator=generator) < 0.5
-        return self._batches(order, y, x, mirrored, share=processes())
+        return self._batches(order, y, x, mirrored, share=training_group())
 
     def view(self, y: int, x: int, mirrored: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in their order, each cropped at (y, x) of its padded image, 0 to 8, and mirrored if told."""
@@ -895,7 +885,7 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
         value = torch.arange(256, dtype=torch.float64) / 255
         mean.append(((counts * value).sum() / counts.sum()).item())
         variance = (counts * (value - mean[-1]) ** 2).sum() / counts.sum()
-        std.append(max(1 / 255, variance.sqrt().item()))  # of a colour that is the same everywhere too
+        std.append(max(1 / 255, variance.sqrt().item()))  # never 0, even where all pixels are the same
     return mean, std
 
 
@@ -903,7 +893,7 @@ def validation_split(labels: Tensor, val_size: int) -> Tensor:
     """A mask (N,) of the images to hold out: the same number from each class (give or take one), always the same."""
     order = np.random.RandomState(SPLIT_SEED).permutation(len(labels))  # a stream that NumPy promises never to change
     by_class = [order[labels.numpy()[order] == label] for label in np.unique(labels)]
-    in_turn = [i for turn in itertools.zip_longest(*by_class) for i in turn if i is not None]  # a class at a time
+    in_turn = [i for turn in itertools.zip_longest(*by_class) for i in turn if i is not None]  # from each class
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[in_turn[:val_size]] = True
     return mask
@@ -1036,10 +1026,12 @@ def _draw_block(labels: Tensor, generator: torch.Generator) -> Tensor:
         angle = uniform(-most, most)
         return x * angle.sin() + y * angle.cos(), x * angle.cos() - y * angle.sin()
 
+    # (y, x): from the centre of the shape; (v, u): turned and scaled with it; (b, a): turned with its texture
     y, x = axis.view(32, 1) - uniform(-0.25, 0.25), axis - uniform(-0.25, 0.25)
     size = uniform(0.6, 0.8)
     v, u = (distance / size for distance in turned(y, x, 0.3))
     radius, far, near = u.hypot(v), u.abs().maximum(v.abs()), u.abs().minimum(v.abs())
+    # in the order of SHAPES
     masks = [radius < 0.9, far < 0.8, (v > -0.6) & (v < 1 - 1.6 * u.abs())]
     masks = torch.stack([*masks, (radius < 1) & (radius > 0.5), (far < 1) & (near < 0.3)])
     inside = masks[labels // 2, torch.arange(count)]
@@ -1066,13 +1058,13 @@ def train_step(
     Of processes that train together each has a share of the batch, perhaps an empty one. DistributedDataParallel takes
     the mean of their gradients; each mean loss is weighted for that to be the gradient of the whole batch.
     """
-    # an empty share stays in fp32, as which SyncBatchNorm exchanges the statistics of the others
+    # with an empty share SyncBatchNorm still takes part in exchanging the statistics, which it does in fp32
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16" and len(labels) > 0):
         logits = model(images)
     loss = criterion(logits.float(), labels) if len(labels) else logits.float().sum()
     weight = 1.0
-    if processes()[1] > 1:
-        mean_share = torch.tensor(len(labels) / processes()[1], device=labels.device)
+    if training_group()[1] > 1:
+        mean_share = torch.tensor(len(labels) / training_group()[1], device=labels.device)
         distributed.all_reduce(mean_share)
         weight = len(labels) / mean_share
     optimizer.zero_grad()
@@ -1099,7 +1091,7 @@ def train_one_epoch(
         Problem: if the loss is not finite, at the first such step on a CPU, at the end of the epoch on a GPU, which
             is not made to wait for the answer.
     """
-    device, world_size = torch.device(device), processes()[1]
+    device, world_size = torch.device(device), training_group()[1]
     model.train()
     totals = torch.zeros(4, device=device)
     for steps, (images, labels) in enumerate(dataloader, start=1):
@@ -1110,7 +1102,7 @@ def train_one_epoch(
             break
     if world_size > 1:
         distributed.all_reduce(totals)
-        for buffer in model.buffers():  # of batch normalisation, which all then evaluate with the same
+        for buffer in model.buffers():  # the statistics of batch normalisation: all evaluate with those of the first
             distributed.broadcast(buffer, 0)
     loss, correct, finite_steps, count = totals.tolist()
     if finite_steps < steps * world_size or not all(p.isfinite().all() for p in model.parameters()):
@@ -1120,7 +1112,7 @@ def train_one_epoch(
 
 
 class CapturedStep:
-    """`train_step` as a CUDA graph: one launch for its hundred kernels, which at this size cost less than their launch.
+    """`train_step` as a CUDA graph: one launch for about a hundred kernels, each of which runs shorter than a launch.
 
     One graph per batch size (the short last batch has its own). A graph repeats fixed operations on fixed memory:
     batches are copied to where it reads them, and the learning rate must be a tensor for the schedule to reach it.
@@ -1180,7 +1172,7 @@ def drop_epochs(config: Config) -> list[int]:
 
 @dataclass
 class Run:
-    """The parts of one training run, between the functions below."""
+    """One training run, as the functions below hand it on."""
 
     config: Config
     folder: Path
@@ -1206,7 +1198,7 @@ METRICS += ["images_per_second", "seconds"]
 def train(run: Run) -> None:
     """Train the epochs that are left, each followed by validation and a checkpoint."""
     config, criterion = run.config, nn.CrossEntropyLoss(label_smoothing=run.config.label_smoothing)
-    rank, world_size = processes()
+    rank, world_size = training_group()
     model = run.model if world_size == 1 else nn.parallel.DistributedDataParallel(run.model)
     step = CapturedStep() if run.device.type == "cuda" and world_size == 1 else train_step
     first_epoch, started = len(run.history) + 1, time.perf_counter()
@@ -1281,9 +1273,9 @@ class StopRequests:
     def __exit__(self, problem: type | None, *_: Any) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        rank, world_size = processes()
+        rank, world_size = training_group()
         if self.handlers and problem and rank == 0 and world_size > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before this one has told it
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before this process has said why
 
     def _receive(self, number: int, _: Any) -> None:
         self.received = number
@@ -1349,7 +1341,7 @@ def predict(
     """The logarithm of the class probabilities, averaged over the views: (N, classes) float32 on the CPU."""
     model.eval()
     views, by_view = views or [CENTRE], []
-    rank, world_size = processes()
+    rank, world_size = training_group()
     for view in views:
         result = torch.zeros(len(dataloader.labels), len(dataloader.classes), device=dataloader.labels.device)
         for i, (part, (images, _)) in enumerate(zip(result.split(dataloader.batch_size), dataloader.view(*view))):
@@ -1520,7 +1512,7 @@ def describe_hardware(device: torch.device, precision: str, fused: bool) -> dict
     elif (cpu_info := Path("/proc/cpuinfo")).exists():
         processor = "".join(re.findall(r"model name\s*:\s*(.+)", cpu_info.read_text())[:1]) or processor
     version = str(torch.__version__)  # of a subclass of str, which weights_only does not load
-    counts = (torch.get_num_threads(), processes()[1])
+    counts = (torch.get_num_threads(), training_group()[1])
     return dict(zip(HARDWARE, (processor, device.type, *counts, version, precision, fused)))
 
 
@@ -1622,7 +1614,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
 def save_run(run: Run, new_best: bool) -> None:
     """Write last.pt, then best.pt and metrics.csv, which follow from it: a resumed run writes them again."""
-    if processes()[0] > 0:
+    if training_group()[0] > 0:
         return
     optimizer, loader = run.optimizer.state_dict(), run.train_loader
     optimizer["param_groups"] = [{**group, "lr": float(group["lr"])} for group in optimizer["param_groups"]]
@@ -1720,8 +1712,8 @@ def agree_with_checkpoint(config: Config, given: set[str], saved: Config, epoch:
     for option in fields(Config):
         name, now, then = option.name, getattr(config, option.name), getattr(saved, option.name)
         same_drops = name == "milestones" and drop_epochs(config) == milestones
-        impossible = name == "compile" and then == "on"  # it may be, on this machine
-        if name in given and (same_drops or impossible):
+        compiled = name == "compile" and then == "on"  # which may be impossible on this machine
+        if name in given and (same_drops or compiled):
             then = now
         merged[name] = now if option.metadata.get("free") else then
         if now == then or option.metadata.get("free"):
@@ -1785,20 +1777,21 @@ def plot_results(history: list[dict], best_epoch: int, title: str) -> Any:
 
 
 def plot_predictions(loader: CifarLoader, log_probabilities: Tensor, title: str) -> Any:
-    """The first 40 images with the predicted class and its probability; mistakes in red, with the true class."""
+    """40 images, evenly from the whole set, with prediction and probability; mistakes in red, with the true class."""
     count = min(40, len(loader.labels))
+    chosen = [i * len(loader.labels) // count for i in range(count)]
     rows = math.ceil(count / 8)
     figure = new_figure(11, 0.5 + 1.55 * rows)
     figure.suptitle(f"{title}: predictions (mistakes in red, with the true class)")
-    confidence, predicted = log_probabilities[:count].exp().max(1)
+    confidence, predicted = log_probabilities[chosen].exp().max(1)
     for axes in figure.subplots(rows, 8, squeeze=False).flat:
         axes.axis("off")
-    for i, axes in enumerate(figure.axes[:count]):
-        guess, truth = (caption(loader.classes[label]) for label in (predicted[i], loader.labels[i]))
+    for axes, i, label, probability in zip(figure.axes, chosen, predicted, confidence):
+        guess, truth = caption(loader.classes[label]), caption(loader.classes[loader.labels[i]])
         axes.imshow(loader.images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        text, color = f"{guess}\n{confidence[i]:.0%}", "black"
+        text, color = f"{guess}\n{probability:.0%}", "black"
         if guess != truth:
-            text, color = f"{guess} {confidence[i]:.0%}\n(is {truth})", "tab:red"
+            text, color = f"{guess} {probability:.0%}\n(is {truth})", "tab:red"
         axes.set_title(text, fontsize=7, color=color)
     return figure
 
@@ -2026,6 +2019,8 @@ def evaluate_checkpoint(config: Config, given: set[str]) -> dict[str, Any]:
     as_trained = {name: getattr(trained, name) for name in ("dataset", "precision", "compile") if name not in given}
     if as_trained.get("compile") == "on":
         as_trained["compile"] = "auto"  # here it may not work
+    if "data_dir" not in given and Path(trained.data_dir).is_dir():
+        as_trained["data_dir"] = trained.data_dir
     config = replace(config, **as_trained)
     data = read_dataset(config.dataset, config.data_dir)
     if data.classes != checkpoint["classes"]:
@@ -2088,13 +2083,12 @@ def prepare(config: Config, before: dict[str, Any]) -> Run:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA's matrix products need for it
         torch.use_deterministic_algorithms(True)
-    with first_process_first():  # it downloads
-        loaders = get_cifar_data_loaders(
-            config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device, config.inputs
-        )
+    loaders = get_cifar_data_loaders(
+        config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device, config.inputs
+    )
     model = build_model(config, len(loaders[0].classes))
     model.to(device, memory_format=torch.channels_last)
-    if processes()[1] > 1 and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
+    if training_group()[1] > 1 and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
@@ -2117,13 +2111,14 @@ def prepare(config: Config, before: dict[str, Any]) -> Run:
 
 
 def print_run(run: Run) -> None:
-    """What is trained on what, with what, on what, and where it goes."""
+    """Print the data, the network, the schedule, the hardware and the folder of the run."""
     config, count = run.config, len(run.train_loader.labels)
+    norm = f", norm {config.norm}" if config.model in MODELS_WITH_LRN else ""
     parameters = sum(p.numel() for p in run.model.parameters())
     images = f"{count:,} training, {config.val_size:,} validation, {len(run.test_loader.labels):,} test images"
     print(
         f"data      {config.dataset}: {images} of {len(run.train_loader.classes)} classes\n"
-        f"network   {config.model}, norm {config.norm}, {parameters:,} parameters, seed {config.seed}\n"
+        f"network   {config.model}{norm}, {parameters:,} parameters, seed {config.seed}\n"
         f"training  {config.epochs} epochs of batches of {config.batch_size}, learning rate {config.lr:g}, "
         f"x {config.gamma:g} after epochs {', '.join(map(str, drop_epochs(config)))}, "
         f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}\n"
@@ -2165,7 +2160,7 @@ def test(run: Run) -> dict[str, Any]:
     else:
         loader, which = (run.val_loader, "validation") if run.val_loader else (run.train_loader, "training")
         evaluation = evaluate_model(best_model, loader, run.precision)
-    if processes()[0] > 0:
+    if training_group()[0] > 0:
         return summary
     write_atomically(run.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     title = f"{caption(config.dataset)}, {config.model}, seed {config.seed}"
@@ -2207,12 +2202,12 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
         else:
             print(f"{last_file} is finished after {epochs} epochs: evaluating it")
     save_run(run, new_best=run.best_epoch > 0)  # so that a run killed in its first epoch can be resumed too
-    if config.overwrite and processes()[0] == 0:  # only now, when last.pt and metrics.csv are those of the new run
+    if config.overwrite and training_group()[0] == 0:  # only now, when last.pt and metrics.csv are those of the new run
         old = [folder / name for name in ("best.pt", "summary.json", *PICTURES)]
         for path in (*old, *folder.glob("events.out.tfevents.*")):
             path.unlink(missing_ok=True)
-        config.overwrite = False  # done: what stops this run from now on is gone on from with --resume
-    if config.tensorboard and processes()[0] == 0:
+        config.overwrite = False  # done: if this run is stopped from now on, it goes on with --resume
+    if config.tensorboard and training_group()[0] == 0:
         open_tensorboard(run)
     train(run)
     return test(run)
@@ -2234,7 +2229,7 @@ def run_seeds(config: Config) -> None:
     Raises:
         Problem: if a folder holds a run with other settings.
     """
-    summaries, (rank, world_size) = {}, launched()
+    summaries, (rank, world_size) = {}, torchrun_group()
     given = {option.name for option in fields(config)}  # no seed goes on with settings that the others do not have
     for seed in range(rank, config.seeds, world_size):
         one = replace(config, seed=seed, resume="")
@@ -2267,7 +2262,7 @@ def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
     folder = Path(config.output_dir)
     if config.resume and not Path(config.resume).is_file():
         raise Problem(f"--resume {config.resume}: no such file", 2)
-    if processes()[0] > 0:  # the first process holds the folder, and is the only one to write there
+    if training_group()[0] > 0:  # the first process holds the folder, and is the only one to write there
         distributed.barrier()
         return train_and_test(config, given)
     folder.mkdir(parents=True, exist_ok=True)
@@ -2285,7 +2280,7 @@ def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
         for leftover in folder.iterdir():  # of a process that was killed while it wrote
             if re.fullmatch(rf"\.({own_files})\.\d+\.tmp", leftover.name):
                 leftover.unlink()
-        if processes()[1] > 1:
+        if training_group()[1] > 1:
             distributed.barrier()
         return train_and_test(config, given)
 
@@ -2301,8 +2296,11 @@ def flag_name(name: str) -> str:
 
 
 def command_line(config: Config, given: Iterable[str] = ()) -> str:
-    """The command that makes this run from nothing: every flag that does not have its default, or is in `given`."""
-    world_size = launched()[1] if config.seeds else processes()[1]
+    """The command that makes this run from nothing: every flag that does not have its default, or is in `given`.
+
+    Of a run on several machines, torchrun's flags for their meeting are missing.
+    """
+    world_size = torchrun_group()[1] if config.seeds else training_group()[1]
     start = ["python"] if world_size == 1 else ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
     script, name = sys.argv[0], Path(__file__).name
     words = [*start, script if Path(script).name == name else name]
@@ -2426,21 +2424,21 @@ def check_ranges(config: Config, given: set[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Everything that concerns the whole process happens here."""
+    """Run the command line; returns the exit code."""
     try:
         sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="replace")
-        if launched()[0] > 0:
+        if torchrun_group()[0] > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (one process prints)
         config, given = parse_arguments(sys.argv[1:] if argv is None else argv)
         if config.resume and Path(config.resume).is_dir():
             config.resume = str(Path(config.resume, "last.pt"))
-        if launched()[1] > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
+        if torchrun_group()[1] > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
             raise Problem("WORLD_SIZE is set, but not by torchrun: start with it, or unset WORLD_SIZE", 2)
         keep_freed_memory()
-        if launched()[0] > 0 and (config.summary or config.checkpoint):
+        if torchrun_group()[0] > 0 and (config.summary or config.checkpoint):
             return 0
         if config.summary:
             print_layers(config)
@@ -2462,7 +2460,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.seeds:
             run_seeds(config)
             return 0
-        if launched()[1] > 1:
+        if torchrun_group()[1] > 1:
             train_together(config)
         folder = config.output_dir or (Path(config.resume).parent if config.resume else default_folder(config))
         config = replace(config, output_dir=str(folder))
@@ -2478,18 +2476,20 @@ def main(argv: list[str] | None = None) -> int:
         return getattr(stop, "exit_code", 130)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if config.checkpoint or config.summary:
+            return 1
         message, code = f"nobody reads the output any more. To go on: {command_to_go_on(config, given)}", 1
     except OSError as error:
         message, code = f"{error.filename or 'system'}: {error.strerror or error}", 1
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             message, code = "out of memory: a lower --batch-size needs less", 1
-        elif processes()[1] > 1 and re.search("gloo|NCCL|[Cc]onnection|peer", str(error)):
+        elif training_group()[1] > 1 and re.search("gloo|NCCL|[Cc]onnection|peer", str(error)):
             message, code = f"another process of this run has ended. To go on:\n  {command_to_go_on(config, given)}", 1
         else:
             raise  # a defect of this script, which its traceback shows
     show_progress("")
-    if launched()[0] > 0:
+    if torchrun_group()[0] > 0:
         time.sleep(5)  # if the first process has told the same, torchrun ends this one now
     print(f"error: {message}", file=sys.stderr)
     return code

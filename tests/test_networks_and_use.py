@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SCRIPT, SMALL_RUN, run
+from conftest import SCRIPT, SMALL_RUN, run, start
 from PIL import Image
 from test_command_line import FILES, PICTURES, Finished
 from test_resume import RUN as RESUMABLE_RUN
@@ -516,6 +516,20 @@ def test_evaluation_alone_gives_the_figures_of_the_run_and_draws_its_pictures_ag
     assert {name: (trained.folder / name).read_bytes() for name in FILES} == before
 
 
+def test_evaluation_finds_the_data_where_the_run_had_them(ck, checkpoint, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    best = torch.load(checkpoint, weights_only=True)
+    best["config"]["data_dir"] = str(elsewhere := tmp_path / "elsewhere")
+    ck.save_checkpoint(tmp_path / "best.pt", best)
+    asked = []
+    monkeypatch.setattr(ck, "read_dataset", lambda name, data_dir: asked.append(data_dir) or 1 / 0)
+    for make, flags in ((elsewhere.exists, ()), (elsewhere.mkdir, ()), (elsewhere.exists, ("--data-dir", "here"))):
+        make()
+        with pytest.raises(ZeroDivisionError):
+            call("--checkpoint", "best.pt", "--evaluate", *flags)
+    assert asked == ["data", str(elsewhere), "here"]
+
+
 def test_evaluation_as_json_is_nothing_but_json_whatever_happens(ck, trained, call, tmp_path, monkeypatch):
     monkeypatch.setattr(ck, "plot_filters", lambda *_: 1 / 0)
     folder = tmp_path / "new" / "folder"
@@ -620,6 +634,13 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(n + c + s for c, (n, s) in zip(chunks, lengths_and_sums))
 
 
+def test_a_reader_that_leaves_early_is_told_nothing_about_going_on(checkpoint, album, tmp_path):
+    process = start("--checkpoint", checkpoint, "--image", album / "b.png", cwd=tmp_path)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
 @pytest.mark.parametrize("side", [10_000, 60_000])
 def test_an_absurdly_large_picture_is_named_and_the_others_go_on(side, checkpoint, album, call):
     large = album / "large.png"
@@ -717,6 +738,16 @@ def test_a_trained_network_is_evaluated_on_another_folder_of_the_same_classes(ck
     figures = json.loads(call("--checkpoint", best, *flags, "--dataset", tmp_path / "others")[0])
     assert figures["test_images"] == 16
     assert (tmp_path / "out" / "predictions.png").exists()
+
+
+def test_the_picture_of_predictions_shows_every_class_of_a_set_in_their_order(ck):
+    labels = torch.arange(3).repeat_interleave(50)
+    images, classes, ones = torch.zeros(150, 3, 32, 32, dtype=torch.uint8), ["ant", "bee", "cow"], (1.0, 1.0, 1.0)
+    loader = ck.CifarLoader(images, labels, classes, ones, ones)
+    guesses = torch.eye(3)[(labels + (labels == 2)) % 3].add(1e-9).log()  # every cow is taken for an ant
+    titles = [axes.get_title() for axes in ck.plot_predictions(loader, guesses, "").axes[:40]]
+    counts = {title: titles.count(title) for title in titles}
+    assert counts == {"ant\n100%": 14, "bee\n100%": 13, "ant 100%\n(is cow)": 13}
 
 
 def test_a_data_set_of_other_classes_than_the_checkpoint_is_refused(own, fails):
