@@ -170,7 +170,7 @@ def test_the_speeds_in_the_readme_are_those_of_the_benchmark():
 
 
 def test_the_speeds_of_the_networks_are_those_of_the_benchmark():
-    raw, table = measured("networks.json")[0], section_table("Other networks", "### ")
+    raw, table = measured("networks.json")[0], section_table("Other networks")
     assert len(table) == 4
     for label, row in table.items():
         name = label.strip("`")
@@ -195,7 +195,7 @@ def test_the_accuracies_by_precision_are_those_of_the_runs(precision, flag, kern
 
 
 def test_the_networks_against_their_documents_are_those_of_their_runs():
-    section = " ".join((ROOT / "README.md").read_text().split("\n### Other networks\n")[1].split("\n## ")[0].split())
+    section = " ".join((ROOT / "README.md").read_text().split("\n## Other networks\n")[1].split("\n## ")[0].split())
     five, compact = (
         json.loads((ROOT / "results" / f"cifar10-{m}" / "summary.json").read_text()) for m in ("five-conv", "compact")
     )
