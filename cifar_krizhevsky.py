@@ -262,11 +262,12 @@ def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _by_rows(kernel: Callable[..., None], fused: bool, window: _Window, *rows: Tensor) -> Tensor:
-    """Have a pass write the first of `rows`, as one fused loop or eagerly in blocks that fit the cache; returns it."""
+    """Have a pass write the first of `rows`, which is returned: as one fused loop or eagerly, on a CPU in blocks."""
     if fused:
         _fused(kernel)(window, *rows)
     else:
-        for block in zip(*(r.split(4096) for r in rows)):
+        length = 4096 if rows[0].is_cpu else max(1, len(rows[0]))
+        for block in zip(*(r.split(length) for r in rows)):
             kernel(window, *block)
     return rows[0]
 
