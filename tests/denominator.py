@@ -5,8 +5,8 @@
 
 On held-out images (never the test set), in fp32. First, over one batch of them: the mean and the percentiles of d / k
 where the activation is not 0; d is the denominator before its power beta, and 1 means that the layer only multiplies by
-k^-beta. Then the validation
-accuracy of the same weights, with each layer as it is, and with that constant in the place of one or all of them.
+k^-beta. Then the validation accuracy of the same weights, with each layer as it is, and with a constant factor in the
+place of one or all of them, the mean of d^-beta on that batch.
 """
 
 import argparse
@@ -32,9 +32,9 @@ def ratios(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 @contextmanager
-def replaced_by_a_constant(layers: list[nn.Module]) -> Iterator[None]:
-    """Within, these layers multiply by k^-beta."""
-    hooks = [layer.register_forward_hook(lambda layer, x, y: x[0] * layer.k**-layer.beta) for layer in layers]
+def replaced(factors: dict[nn.Module, float]) -> Iterator[None]:
+    """Within, these layers multiply by these factors."""
+    hooks = [layer.register_forward_hook(lambda layer, x, y: x[0] * factors[layer]) for layer in factors]
     yield
     for hook in hooks:
         hook.remove()
@@ -71,9 +71,10 @@ def main() -> None:
         print(f"{name:<10}{values.mean():9.4f}" + "".join(f"{cell:11.4f}" for cell in cells) + f"{values[-1]:11.4f}")
 
     print(f"\n{'a constant in the place of':<28}validation accuracy")
-    one_by_one = {name: [layer] for name, layer in layers.items()}
-    for title, chosen in ({"none": []} | one_by_one | {"all": [*layers.values()]}).items():
-        with replaced_by_a_constant(chosen):
+    factors = {layer: ((seen[name] * layer.k) ** -layer.beta).mean().item() for name, layer in layers.items()}
+    one_by_one = {name: {layer: factors[layer]} for name, layer in layers.items()}
+    for title, chosen in ({"none": {}} | one_by_one | {"all": factors}).items():
+        with replaced(chosen):
             right = script.predict(model, loader).argmax(1) == loader.labels
         print(f"{title:<28}{100 * right.double().mean().item():.2f} %")
 
