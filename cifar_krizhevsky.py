@@ -278,31 +278,37 @@ def _padded(rows: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
     return padded, padded[:, before : before + rows.size(1)]
 
 
+def _images(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Rows of channels as (N, C, H, W) in channels_last, but for MPS: see `memory_layout`."""
+    n, c, h, w = shape
+    images = rows.view(n, h, w, c).permute(0, 3, 1, 2)
+    return images.contiguous(memory_format=memory_layout(rows.device))
+
+
 class _LRNFunction(torch.autograd.Function):
     """Local response normalisation with its gradient written out: only the input is kept for it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, size: int, alpha: float, beta: float, k: float, fused: bool, relu: bool) -> Tensor:
-        n, c, h, w = x.shape
+        shape, c = x.shape, x.size(1)
         before, after = min(size // 2, c - 1), min((size - 1) // 2, c - 1)  # beyond them every window has only zeros
         ctx.window, ctx.fused = _Window(before, after, relu, alpha / size, beta, k), fused
         x = x.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
         padded, centre = _padded(x, ctx.window.before, ctx.window.after)
         torch.clamp_min(x, 0, out=centre) if relu else centre.copy_(x)
         ctx.save_for_backward(padded)
-        output = _by_rows(_lrn_output, fused, ctx.window, torch.empty_like(x), padded)
-        return output.view(n, h, w, c).permute(0, 3, 1, 2)
+        return _images(_by_rows(_lrn_output, fused, ctx.window, torch.empty_like(x), padded), shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # once_differentiable would not see a derivative by x
             raise RuntimeError("LocalResponseNormalization can be differentiated only once")
-        (x,), (n, c, h, w) = ctx.saved_tensors, grad.shape
-        grad = grad.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
+        (x,), shape = ctx.saved_tensors, grad.shape
+        grad = grad.permute(0, 2, 3, 1).reshape(-1, shape[1]).contiguous()
         cross, centre = _padded(grad, ctx.window.after, ctx.window.before)  # the window, seen from the other side
         _by_rows(_lrn_cross_term, ctx.fused, ctx.window, centre, x, grad)
         grad = _by_rows(_lrn_gradient, ctx.fused, ctx.window, torch.empty_like(grad), x, grad, cross)
-        return grad.view(n, h, w, c).permute(0, 3, 1, 2), *[None] * 6
+        return _images(grad, shape), *[None] * 6
 
 
 class LocalResponseNormalization(nn.Module):
@@ -627,6 +633,14 @@ class Problem(Exception):
         self.exit_code = exit_code
 
 
+def memory_layout(device: torch.device | str) -> torch.memory_format:
+    """The layout of images that is fastest, channels_last; not on MPS, where it has crashed or given wrong gradients.
+
+    These are defects of PyTorch (its issues 175190 and 188371): of max-pooling and batch normalisation.
+    """
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
 def derive_seed(*keys: int) -> int:
     """A seed hashed from non-negative whole numbers, so that (1, 2) and (2, 1) have nothing in common."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -658,9 +672,8 @@ def training_group() -> tuple[int, int]:
 def train_together(config: Config) -> None:
     """Join the processes that torchrun has started; from now on `training_group` counts them."""
     device = choose_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+    backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    distributed.init_process_group(backend, timeout=timedelta(hours=12), device_id=own_gpu)
 
 
 def same_for_all(make: Callable[[], Any]) -> Any:
@@ -715,9 +728,9 @@ class CifarLoader:
     with a black border (not 36x36), any of 81 positions, mirrored or not, drawn anew for every image and epoch. Order
     and augmentation derive from (seed, epoch) alone, so an epoch can be repeated exactly, on any device.
 
-    Iterating yields images (B, 3, 32, 32) float32, normalised, channels_last, and labels (B,) int64; the last batch
-    may be short. Without `augment` the images come in their order, unchanged. Where several processes train together,
-    each gets its share of every augmented batch.
+    Iterating yields images (B, 3, 32, 32) float32, normalised, in the `memory_layout`, and labels (B,) int64; the last
+    batch may be short. Without `augment` the images come in their order, unchanged. Where several processes train
+    together, each gets its share of every augmented batch.
 
     Args:
         images: (N, 3, 32, 32) uint8.
@@ -780,7 +793,7 @@ class CifarLoader:
             index, y, x, mirrored = (choice.tensor_split(world_size)[rank] for choice in batch)
             images = self._crops[index, :, y, x]
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-            images = images.to(torch.float32, memory_format=torch.channels_last)
+            images = images.to(torch.float32, memory_format=memory_layout(images.device))
             yield images.sub_(self._shift).mul_(self._scale), self.labels[index]
 
 
@@ -1065,7 +1078,7 @@ def train_step(
     loss = criterion(logits.float(), labels) if len(labels) else logits.float().sum()
     weight = 1.0
     if training_group()[1] > 1:
-        mean_share = torch.tensor(len(labels) / training_group()[1], device=labels.device)
+        mean_share = torch.full((), len(labels) / training_group()[1], device=labels.device)
         distributed.all_reduce(mean_share)
         weight = len(labels) / mean_share
     optimizer.zero_grad()
@@ -1107,7 +1120,7 @@ def train_one_epoch(
             distributed.broadcast(buffer, 0)
     loss, correct, finite_steps, count = totals.tolist()
     if finite_steps < steps * world_size or not all(p.isfinite().all() for p in model.parameters()):
-        lr, step_number = float(optimizer.param_groups[0]["lr"]), min(int(finite_steps / world_size) + 1, steps)
+        lr, step_number = learning_rate(optimizer), min(int(finite_steps / world_size) + 1, steps)
         raise Problem(f"the loss is not finite at step {step_number}, learning rate {lr:g}: try a lower --lr")
     return loss / count, 100 * correct / count
 
@@ -1161,6 +1174,11 @@ def momentum_buffers(optimizer: optim.Optimizer) -> list[Tensor]:
     return [state["momentum_buffer"] for state in optimizer.state.values()]
 
 
+def learning_rate(optimizer: optim.Optimizer) -> float:
+    """The current one, to seven digits: more than that a tensor of fp32, which it is on CUDA, does not have."""
+    return float(f"{float(optimizer.param_groups[0]['lr']):.7g}")
+
+
 def drop_epochs(config: Config) -> list[int]:
     """The epochs after which the learning rate drops: as given, or 30, 60 and 80 % of all.
 
@@ -1207,7 +1225,7 @@ def train(run: Run) -> None:
         print("    epoch        lr  train loss  train acc  val loss   val acc  images/s     left")
     with StopRequests() as stop:
         for epoch in range(first_epoch, config.epochs + 1):
-            epoch_started, lr = time.perf_counter(), float(run.optimizer.param_groups[0]["lr"])
+            epoch_started, lr = time.perf_counter(), learning_rate(run.optimizer)
             run.train_loader.set_epoch(epoch)
             torch.manual_seed(derive_seed(config.seed, epoch, 2 + rank))  # dropout, other units in each process
             batches = watched(run.train_loader, f"epoch {epoch}/{config.epochs}", stop)
@@ -1417,7 +1435,7 @@ def print_test(title: str, figures: dict[str, Any]) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; for "auto" a CUDA GPU, else MPS, else the CPU.
+    """The device of that name; for "auto" a CUDA GPU, else MPS, else the CPU. A GPU becomes the current one.
 
     Raises:
         Problem: if the machine has no such device.
@@ -1431,11 +1449,16 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps") or (device.type == "cpu" and device.index):
             raise RuntimeError
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        device = torch.zeros(1, device=device).device  # with its number
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if "out of memory" in str(error):
+            raise Problem(f"--device {name}: no memory is free there") from None
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         has = [*(f"cuda:{i}" for i in range(gpus)), *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
         raise Problem(f"--device {name}: this machine has no such device, only {', '.join(has)}", 2) from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # so that fp32 is what it says
     return device
 
 
@@ -1455,7 +1478,7 @@ def fuse_layers(model: nn.Module, wanted: str, device: torch.device, precision: 
 
     They are those of local response normalisation, with a ReLU that is defined just before (and used nowhere else: an
     nn.Identity takes its place), and the first max-pooling 3x3 with stride 2, which has the largest input. A copy of
-    the network is tried on two images, so that a missing or broken compiler shows here and not within training.
+    the network is tried on a few images, so that a missing or broken compiler shows here and not within training.
     """
     poolings = [name for name, layer in model.named_modules() if repr(layer) == repr(nn.MaxPool2d(3, 2))]
     has_lrn = any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
@@ -1475,15 +1498,18 @@ def fuse_layers(model: nn.Module, wanted: str, device: torch.device, precision: 
     try:
         if "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
             raise RuntimeError("TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set")
-        images = torch.zeros(2, 3, 32, 32, device=device).to(memory_format=torch.channels_last).requires_grad_()
+        count = 2 if device.type == "cpu" else 128  # Triton keeps the blocks that are best for the first size it sees
+        images = torch.zeros(count, 3, 32, 32, device=device).to(memory_format=memory_layout(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = fuse(copy.deepcopy(model)).eval()(images)
         output.float().sum().backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if wanted == "on":
             raise Problem(f"--compile on: torch.compile does not work here ({reason})", 2) from None
-        print(f"note: running without torch.compile, on a CPU about half as fast ({reason})")
+        print(f"note: running without torch.compile{', about half as fast' * (device.type == 'cpu')} ({reason})")
         return False
     fuse(model)
     return True
@@ -1934,7 +1960,7 @@ def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict[str,
         model.load_state_dict(checkpoint["model"])
         if not all(weights.isfinite().all() for weights in model.state_dict().values()):
             raise ValueError("its weights are not finite")
-    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint, config
+    return model.to(device, memory_format=memory_layout(device)).eval(), checkpoint, config
 
 
 def read_picture(path: Path) -> Tensor:
@@ -2081,6 +2107,8 @@ def prepare(config: Config, before: dict[str, Any]) -> Run:
     device = choose_device(config.device)
     kept = before.get("precision_used") if config.precision == "auto" else None
     precision = choose_precision(kept if kept in ("fp32", "bf16") else config.precision, device)
+    if config.deterministic and device.type == "mps":
+        raise Problem("--deterministic: MPS has no deterministic gradient of max-pooling; use --device cpu", 2)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA's matrix products need for it
         torch.use_deterministic_algorithms(True)
@@ -2088,7 +2116,7 @@ def prepare(config: Config, before: dict[str, Any]) -> Run:
         config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device, config.inputs
     )
     model = build_model(config, len(loaders[0].classes))
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=memory_layout(device))
     if training_group()[1] > 1 and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -2197,7 +2225,7 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
     if saved:
         with reading_checkpoint(last_file):
             restore(run, saved)
-        lr, epochs = float(run.optimizer.param_groups[0]["lr"]), len(run.history)
+        lr, epochs = learning_rate(run.optimizer), len(run.history)
         if epochs < config.epochs:
             print(f"resuming {last_file} at epoch {epochs + 1}, learning rate {lr:g}")
         else:
@@ -2466,6 +2494,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = config.output_dir or (Path(config.resume).parent if config.resume else default_folder(config))
         config = replace(config, output_dir=str(folder))
         run_in_folder(config, given)
+        if training_group()[1] > 1:
+            distributed.destroy_process_group()
         return 0
     except Problem as problem:
         message, code = str(problem), problem.exit_code
@@ -2483,10 +2513,13 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         message, code = f"{error.filename or 'system'}: {error.strerror or error}", 1
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+        out_of_memory = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
+        if out_of_memory or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             message, code = "out of memory: a lower --batch-size needs less", 1
         elif training_group()[1] > 1 and re.search("gloo|NCCL|[Cc]onnection|peer", str(error)):
-            message, code = f"another process of this run has ended. To go on:\n  {command_to_go_on(config, given)}", 1
+            reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])  # without the place in gloo's source
+            command = command_to_go_on(config, given)
+            message, code = f"another process of this run has ended ({reason}). To go on:\n  {command}", 1
         else:
             raise  # a defect of this script, which its traceback shows
     show_progress("")

@@ -183,6 +183,26 @@ def test_memory_layout_does_not_matter(ck, size):
     assert_same(with_gradient(layer, strided), plain, atol=0, rtol=0)
 
 
+def test_with_the_plain_layout_every_layer_has_it_and_the_gradient_is_the_same(ck, monkeypatch):
+    """As on MPS, where PyTorch's max-pooling needs it."""
+    data = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def gradients(layout: torch.memory_format) -> tuple[list[Tensor], list[bool]]:
+        monkeypatch.setattr(ck, "memory_layout", lambda device: layout)
+        model, plain, half = ck.build_model(ck.Config(lrn_alpha=0.1), 10).to(memory_format=layout), [], (0.5, 0.5, 0.5)
+        for pool in (model.pool1, model.pool2, model.pool3):
+            pool.register_forward_hook(lambda layer, x, y: plain.append(x[0].is_contiguous()))
+            pool.register_full_backward_hook(lambda layer, x, y: plain.append(y[0].is_contiguous()))
+        for images, _ in ck.CifarLoader(data, torch.zeros(4).long(), ["a"], half, half):
+            model(images).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()], plain
+
+    (ours, plain), (theirs, others) = gradients(torch.contiguous_format), gradients(torch.channels_last)
+    assert plain == [True] * 6 and not all(others)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
 def test_lrn_leaves_its_input_as_it_was(ck):
     x = rand(2, 8, 3, 3)
     before = x.clone()

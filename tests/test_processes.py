@@ -429,7 +429,7 @@ def test_what_goes_wrong_in_another_process_alone_is_told_too(tmp_path):
     result = together(2, *RUN, "--output-dir", "run", cwd=tmp_path, blow="problem 1 6")
     assert result.returncode == 1
     assert result.stderr[1] == "error: epoch 2: only this process has it; run/last.pt holds the epochs before\n"
-    assert result.stderr[0].startswith("error: another process of this run has ended. To go on:\n")
+    assert re.match(r"error: another process of this run has ended \(\w.*\)\. To go on:\n", result.stderr[0])
     assert last(tmp_path)["epoch"] == 1
 
 
