@@ -1076,13 +1076,13 @@ def train_step(
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16" and len(labels) > 0):
         logits = model(images)
     loss = criterion(logits.float(), labels) if len(labels) else logits.float().sum()
-    weight = 1.0
+    weight = None
     if training_group()[1] > 1:
         mean_share = torch.full((), len(labels) / training_group()[1], device=labels.device)
         distributed.all_reduce(mean_share)
         weight = len(labels) / mean_share
     optimizer.zero_grad()
-    (loss * weight).backward()
+    loss.backward(weight)
     optimizer.step()
     correct = (logits.argmax(1) == labels).sum()
     return torch.stack([loss.detach() * len(labels), correct, loss.isfinite()])
@@ -1107,13 +1107,14 @@ def train_one_epoch(
     """
     device, world_size = torch.device(device), training_group()[1]
     model.train()
-    totals = torch.zeros(4, device=device)
+    totals, count = torch.zeros(4, device=device), 0
     for steps, (images, labels) in enumerate(dataloader, start=1):
         images, labels = images.to(device), labels.to(device)
         totals[:3] += step(model, images, labels, criterion, optimizer, precision)
-        totals[3] += len(labels)
+        count += len(labels)
         if device.type == "cpu" and world_size == 1 and totals[2] < steps:
             break
+    totals[3] = count
     if world_size > 1:
         distributed.all_reduce(totals)
         for buffer in model.buffers():  # the statistics of batch normalisation: all evaluate with those of the first
