@@ -22,6 +22,12 @@ Use the result:
     python cifar_krizhevsky.py --checkpoint runs/cifar10-krizhevsky-seed0/best.pt --image photo.jpg
     python cifar_krizhevsky.py --checkpoint runs/cifar10-krizhevsky-seed0/best.pt --evaluate
 
+What 200 epochs gave on two cores of an AMD EPYC (bf16, PyTorch 2.15.0, n = 1), as test error on one view and on ten:
+
+    CIFAR-10, as it is                                  12.09 %   10.59 %   151 minutes, beside other work
+    CIFAR-10, with the README's best hyperparameters     9.94 %    8.99 %   106 minutes
+    CIFAR-100, as it is                                 41.38 %   38.87 %   260 minutes, beside other work
+
 Every hyperparameter is one entry of `Config` below. For a new run, editing it there and passing the flag are the same.
 5,000 training images are held out (class-balanced, always the same ones); the epoch is chosen by them, and the test
 set is evaluated after training only: no choice depends on it. `get_cifar_data_loaders`, `train_one_epoch`, the

@@ -55,6 +55,23 @@ def test_every_figure_of_the_row_is_that_of_the_summary(folder):
     assert row["training time"] == (f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min")
 
 
+@pytest.mark.parametrize(
+    ("line", "folder"),
+    [
+        ("CIFAR-10, as it is", "cifar10-default"),
+        ("CIFAR-10, with the README's best hyperparameters", "cifar10-best"),
+        ("CIFAR-100, as it is", "cifar100-default"),
+    ],
+)
+def test_the_docstring_promises_what_the_runs_gave(ck, line, folder):
+    summary = json.loads((ROOT / "results" / folder / "summary.json").read_text())
+    errors = (f"{summary[key]:.2f} %" for key in ("test_error", "test_error_multi_view"))
+    minutes = f"{summary['training_seconds'] / 60:.0f} minutes"
+    told = re.search(rf"{re.escape(line)} +(\S+ %) +(\S+ %) +(\d+ minutes)", ck.__doc__)
+    assert told.groups() == (*errors, minutes)
+    assert (summary["epochs"], summary["precision_used"], summary["threads"]) == (200, "bf16", 2)
+
+
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
 def test_the_table_of_epochs_belongs_to_the_summary(folder):
     summary = json.loads((folder / "summary.json").read_text())
