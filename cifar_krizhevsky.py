@@ -1506,7 +1506,7 @@ def fuse_layers(model: nn.Module, wanted: str, device: torch.device, precision: 
         if "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
             raise RuntimeError("TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set")
         count = 2 if device.type == "cpu" else 128  # Triton keeps the blocks that are best for the first size it sees
-        images = torch.zeros(count, 3, 32, 32, device=device).to(memory_format=memory_layout(device))
+        images = torch.zeros(count, 3, 32, 32, device=device).to(memory_format=memory_layout(device)).requires_grad_()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = fuse(copy.deepcopy(model)).eval()(images)
         output.float().sum().backward()

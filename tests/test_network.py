@@ -1,6 +1,7 @@
 """The local response normalisation and the network."""
 
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -48,6 +49,8 @@ def fuse(ck, model: nn.Module) -> None:
     try:
         assert ck.fuse_layers(model, "on", torch.device("cpu"), "fp32")
     except ck.Problem as problem:
+        if shutil.which("g++"):
+            raise
         pytest.skip(str(problem))
 
 

@@ -263,7 +263,7 @@ def test_an_epoch_has_every_image_once_whatever_the_number_of_processes(ck, coun
     )
     loader.batch_size, loader.augment, seen = 25, True, []
     for number in range(count):
-        monkeypatch.setattr(ck, "processes", lambda number=number: (number, count))
+        monkeypatch.setattr(ck, "training_group", lambda number=number: (number, count))
         batches = [labels for _, labels in loader]
         assert len(batches) == 4  # also where its shares are empty: every process takes every step
         seen += batches
