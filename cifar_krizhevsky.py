@@ -285,10 +285,9 @@ def _padded(rows: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
 
 
 def _images(rows: Tensor, shape: torch.Size) -> Tensor:
-    """Rows of channels as (N, C, H, W) in channels_last, but for MPS: see `memory_layout`."""
+    """Rows of channels as images (N, C, H, W) of this shape, in the `memory_layout`."""
     n, c, h, w = shape
-    images = rows.view(n, h, w, c).permute(0, 3, 1, 2)
-    return images.contiguous(memory_format=memory_layout(rows.device))
+    return rows.view(n, h, w, c).permute(0, 3, 1, 2).contiguous(memory_format=memory_layout(rows.device))
 
 
 class _LRNFunction(torch.autograd.Function):
@@ -300,7 +299,7 @@ class _LRNFunction(torch.autograd.Function):
         before, after = min(size // 2, c - 1), min((size - 1) // 2, c - 1)  # beyond them every window has only zeros
         ctx.window, ctx.fused = _Window(before, after, relu, alpha / size, beta, k), fused
         x = x.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
-        padded, centre = _padded(x, ctx.window.before, ctx.window.after)
+        padded, centre = _padded(x, before, after)
         torch.clamp_min(x, 0, out=centre) if relu else centre.copy_(x)
         ctx.save_for_backward(padded)
         return _images(_by_rows(_lrn_output, fused, ctx.window, torch.empty_like(x), padded), shape)
