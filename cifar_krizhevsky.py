@@ -49,7 +49,7 @@ import ctypes
 import errno
 import functools
 import http.client
-import importlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -78,7 +78,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, distributed, nn, optim
 from torch.nn import functional as F
 
@@ -714,15 +713,15 @@ DOWNLOAD_RATE = 100e3  # bytes/s
 class Source(NamedTuple):
     """Where a data set comes from, and the mean and standard deviation of its training pixels, for values in 0..1."""
 
-    reader: type  # torchvision's data set: it knows the files, their MD5 sums and how to read them
+    reader: str  # torchvision's data set: it knows the files, their MD5 sums and how to read them
     archive_bytes: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
 SOURCES = {
-    "cifar10": Source(torchvision.datasets.CIFAR10, 170_498_071, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": Source(torchvision.datasets.CIFAR100, 169_001_437, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "cifar10": Source("CIFAR10", 170_498_071, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Source("CIFAR100", 169_001_437, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 
 
@@ -830,9 +829,11 @@ def read_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
         if strange := sorted(set(classes) ^ set(test_classes)):
             raise Problem(f"--dataset {name}: train and test have different classes ({', '.join(strange[:5])})", 2)
         return Dataset(*train, *test, classes, *channel_statistics(train[0]))
-    reader, _, mean, std = SOURCES[name]
+    from torchvision import datasets  # takes as long to import as PyTorch does: only where it is needed
+
     fetch_dataset(name, Path(data_dir))
-    parts = [reader(data_dir, train=is_train) for is_train in (True, False)]
+    reader, _, mean, std = SOURCES[name]
+    parts = [getattr(datasets, reader)(data_dir, train=is_train) for is_train in (True, False)]
     tensors = [(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
     return Dataset(*tensors[0], *tensors[1], parts[0].classes, mean, std)
 
@@ -843,9 +844,11 @@ def read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     Raises:
         Problem: if the folder is not like that, or for the first picture that cannot be read.
     """
+    from torchvision import datasets
+
     try:
         is_picture = lambda path: Path(path).suffix.lower() in SUFFIXES  # noqa: E731
-        listing = torchvision.datasets.ImageFolder(str(folder), is_valid_file=is_picture)
+        listing = datasets.ImageFolder(str(folder), is_valid_file=is_picture)
     except OSError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise Problem(f"--dataset: {folder} should hold one folder of pictures for each class ({reason})", 2) from None
@@ -924,10 +927,12 @@ def fetch_dataset(name: str, data_dir: Path) -> None:
     Raises:
         Problem: if they neither are there nor can be downloaded.
     """
-    reader, archive_bytes, _, _ = SOURCES[name]
+    from torchvision import datasets
+
+    reader, archive_bytes = getattr(datasets, SOURCES[name].reader), SOURCES[name].archive_bytes
     folder = data_dir / reader.base_folder
     files = dict([*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])])
-    intact = torchvision.datasets.utils.check_integrity
+    intact = datasets.utils.check_integrity
 
     def wrong() -> list[str]:
         return [file for file, md5 in files.items() if not intact(str(folder / file), md5)]
@@ -952,7 +957,7 @@ def fetch_dataset(name: str, data_dir: Path) -> None:
         for leftover in data_dir.glob(".extracting-*"):  # of a process that was killed meanwhile
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".extracting-") as scratch:
-            torchvision.datasets.utils.extract_archive(str(archive), scratch)
+            datasets.utils.extract_archive(str(archive), scratch)
             folder.mkdir(exist_ok=True)
             for file in files:
                 os.replace(Path(scratch) / reader.base_folder / file, folder / file)
@@ -966,6 +971,8 @@ def download(filename: str, md5: str, size: int, data_dir: Path) -> None:
     Raises:
         Problem: if no mirror does; says what to fetch by hand.
     """
+    from torchvision.datasets.utils import check_integrity
+
     partial, failures = data_dir / f"{filename}.part", []
     for mirror in MIRRORS:
         url = mirror.format(filename=filename)
@@ -981,7 +988,7 @@ def download(filename: str, md5: str, size: int, data_dir: Path) -> None:
                     if received > size:
                         raise OSError("not the official file, it is larger")
                     show_progress(f"{filename}: {received / 1e6:.0f} of {size / 1e6:.0f} MB from {url.split('/')[2]}")
-            if torchvision.datasets.utils.check_integrity(str(partial), md5):
+            if check_integrity(str(partial), md5):
                 os.replace(partial, data_dir / filename)
                 return
             failures.append(f"{url}: not the official file ({received} bytes, wrong MD5 sum)")
@@ -2173,7 +2180,7 @@ def test(run: Run) -> dict[str, Any]:
     summary = asdict(config) | run.hardware | {
         "milestones": drop_epochs(config),
         "command": command_line(replace(config, seeds=None)),
-        "torchvision_version": torchvision.__version__,
+        "torchvision_version": importlib.metadata.version("torchvision"),
         "numpy_version": np.__version__,
         "python_version": platform.python_version(),
         "parameters": sum(p.numel() for p in run.model.parameters()),

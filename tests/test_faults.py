@@ -644,7 +644,8 @@ def data(ck, fake, server, tmp_path, monkeypatch):
     """An empty folder for the fake data set, whose mirrors are that server's good one and no other."""
     for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
-    source = ck.SOURCES["cifar10"]._replace(reader=fake.reader, archive_bytes=len(fake.archive))
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake.reader)
+    source = ck.SOURCES["cifar10"]._replace(archive_bytes=len(fake.archive))
     monkeypatch.setattr(ck, "SOURCES", {"cifar10": source})
     monkeypatch.setattr(ck, "DOWNLOAD_TIMEOUT", 0.5)
     monkeypatch.setattr(ck, "DOWNLOAD_RATE", 100e3)

@@ -344,7 +344,7 @@ def test_a_precision_that_is_asked_for_is_taken(ck):
 
 STATE = """
 import os, random, signal, sys, threading, warnings
-import numpy, torch, torchvision
+import numpy, torch
 sys.path.insert(0, {root!r})
 sys.argv = ["other.py", "--no-such-flag", "--help"]
 
@@ -363,7 +363,7 @@ def state():
         "matmul": (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32),
         "cuda": torch.cuda.is_initialized(),
         "files": sorted(os.listdir()),
-        "heavy modules": [name for name in ("matplotlib", "torch._dynamo", "tensorboard") if name in sys.modules],
+        "slow modules": {{"matplotlib", "torchvision", "torch._dynamo", "tensorboard"}} & {{*sys.modules}},
     }}
 
 before = state()
