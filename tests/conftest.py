@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# The tests compare bits and count steps as a CPU makes them; test_cuda.py gives its processes the GPUs back.
+VISIBLE_GPUS = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "cifar_krizhevsky.py"
 REAL_DATA = ROOT / "data"

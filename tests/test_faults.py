@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SMALL_RUN, one_line_error, run
+from conftest import ROOT, one_line_error, run
 from PIL import Image
 from torch import nn
 
@@ -190,14 +190,6 @@ def test_a_failing_picture_is_named_and_loses_nothing(tiny, tmp_path, monkeypatc
     assert "test_error" in json.loads((tmp_path / "run" / "summary.json").read_text())
 
 
-def test_without_matplotlib_a_run_still_reports_its_error(tmp_path):
-    (tmp_path / "matplotlib.py").write_text("raise ImportError('broken')")
-    result = run(*SMALL_RUN, "--epochs", 1, "--output-dir", "run", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
-    assert result.returncode == 0, result.stderr
-    assert "note: no curves.png (ImportError: broken)" in result.stdout
-    assert "test_error" in json.loads((tmp_path / "run" / "summary.json").read_text())
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # A loss that is not finite
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,11 +284,6 @@ def test_resume_takes_the_folder_of_a_run_too(tiny, trained, capsys):
     assert "is finished after 2 epochs" in capsys.readouterr().out
 
 
-def test_resume_where_there_is_no_last_pt_says_so(fails, trained, tmp_path):
-    shutil.copy(trained / "best.pt", tmp_path)
-    assert "has no last.pt" in fails(*RUN, "--resume", "--output-dir", tmp_path, code=2)
-
-
 def test_a_run_removes_no_file_that_is_not_its_own(tiny, tmp_path):
     mine = {".notes.tmp", ".last.pt.mine.tmp", "events.out.tfevents.mine", "best.pt.old"}
     for name in mine:
@@ -382,7 +369,9 @@ def without(path: Path, key: str) -> dict:
 STRANGE_VALUES = [None, 5, "text", [], {}, ["a", "b"], {"a": 1}, torch.zeros(3)]
 
 
-@pytest.mark.parametrize("key", ["config", "hardware", "epoch", "history", "model", "optimizer", "best_epoch"])
+@pytest.mark.parametrize(
+    "key", ["config", "hardware", "epoch", "history", "model", "optimizer", "best_epoch", "best_model"]
+)
 def test_a_last_pt_with_a_strange_or_missing_part_is_named(key, fails, trained, tmp_path):
     path = tmp_path / "last.pt"
     torch.save(without(trained / "last.pt", key), path)
@@ -393,13 +382,13 @@ def test_a_last_pt_with_a_strange_or_missing_part_is_named(key, fails, trained, 
             assert str(path) in fails("--resume", path, code=1)
 
 
-@pytest.mark.parametrize("key", ["config", "classes", "model", "mean", "std"])
+@pytest.mark.parametrize("key", ["config", "classes", "model", "mean", "std", "epoch"])
 def test_a_best_pt_with_a_strange_or_missing_part_is_named(key, fails, trained, picture, tmp_path):
     path = tmp_path / "best.pt"
     torch.save(without(trained / "best.pt", key), path)
     assert str(path) in fails("--checkpoint", path, "--image", picture, code=1)
     for value in STRANGE_VALUES:
-        if not (key in ("mean", "std") and isinstance(value, torch.Tensor)):
+        if not (key in ("mean", "std") and isinstance(value, torch.Tensor)) and (key, str(value)) != ("epoch", "5"):
             torch.save(changed(trained / "best.pt", **{key: value}), path)
             assert str(path) in fails("--checkpoint", path, "--image", picture, code=1)
 
@@ -412,10 +401,6 @@ def test_the_weights_of_another_network_or_class_count_are_named(tiny, fails, tr
         torch.save(changed(trained / "best.pt", model=weights), tmp_path / "best.pt")
         used = ["--checkpoint", tmp_path / "best.pt", "--image", picture]
         assert "of another network" in fails(*used, code=1)
-
-
-def test_a_checkpoint_of_another_data_set_is_named(fails, trained):
-    assert "--dataset cifar100 contradicts" in fails("--resume", trained / "last.pt", "--dataset", "cifar100", code=2)
 
 
 @contextlib.contextmanager
@@ -647,7 +632,6 @@ def data(ck, fake, server, tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake.reader)
     source = ck.SOURCES["cifar10"]._replace(archive_bytes=len(fake.archive))
     monkeypatch.setattr(ck, "SOURCES", {"cifar10": source})
-    monkeypatch.setattr(ck, "DOWNLOAD_TIMEOUT", 0.5)
     monkeypatch.setattr(ck, "DOWNLOAD_RATE", 100e3)
     use_mirrors(ck, server, monkeypatch, "good")
     return tmp_path / "data"
@@ -660,6 +644,8 @@ def use_mirrors(ck, server, monkeypatch, *words: str) -> None:
         ports = {word: nobody.getsockname()[1] if word == "refuses" else server.server_port for word in words}
     mirrors = tuple(f"http://127.0.0.1:{ports[word]}/{word}/{{filename}}" for word in words)
     monkeypatch.setattr(ck, "MIRRORS", mirrors)
+    keeps_waiting = {"silent", "stalls", "drips", "mumbles"} & {*words}
+    monkeypatch.setattr(ck, "DOWNLOAD_TIMEOUT", 0.5 if keeps_waiting else 10.0)
 
 
 def unpack(fake: FakeData, data: Path) -> Path:
@@ -727,10 +713,19 @@ def test_an_interrupted_download_leaves_nothing_that_a_new_start_would_trust(ck,
     assert_all_there(fake, data)
 
 
-def test_a_full_disk_ends_a_download_with_the_name_of_the_file(ck, server, data, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
+def test_a_full_disk_ends_a_download_with_the_name_of_the_file(number, ck, server, data, monkeypatch):
+    class FullDisk(io.BytesIO):
+        def write(self, _: bytes) -> int:
+            raise OSError(number, os.strerror(number))
+
     use_mirrors(ck, server, monkeypatch, "good", "good")
-    with size_limit(50_000), pytest.raises(ck.Problem, match=r"fake\.tar\.gz"):
-        load(ck, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(ck, "locked", lambda *_, **__: contextlib.nullcontext())  # which opens a file too
+        patch.setattr(ck, "open", lambda *_: FullDisk(), raising=False)
+        with pytest.raises(ck.Problem) as problem:
+            load(ck, data)
+    assert str(problem.value) == f"cannot write {data / 'fake.tar.gz.part'}: {os.strerror(number)}"
     assert not list(data.glob("fake*"))
     assert load(ck, data) == 40
 

@@ -132,10 +132,12 @@ def test_bf16_gives_the_fp32_result_rounded(ck, scale):
 
 def test_lrn_under_autocast_is_computed_in_fp32(ck):
     layer, x = ck.LocalResponseNormalization(), rand(2, 12, 4, 4, scale=30)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x), ck.LocalResponseNormalization()(x))
-        assert layer(x).dtype == torch.float32
-        torch.testing.assert_close(layer(x.bfloat16()).float(), layer(x.bfloat16().float()), atol=0, rtol=2**-8)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = with_gradient(layer, x.to(dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = with_gradient(layer, x.to(dtype))
+        assert found[0].dtype == dtype
+        assert_same(found, expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -188,6 +190,7 @@ def test_memory_layout_does_not_matter(ck, size):
 
 def test_with_the_plain_layout_every_layer_has_it_and_the_gradient_is_the_same(ck, monkeypatch):
     """As on MPS, where PyTorch's max-pooling needs it."""
+    assert ck.memory_layout("mps") is torch.contiguous_format
     data = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
     def gradients(layout: torch.memory_format) -> tuple[list[Tensor], list[bool]]:
@@ -207,10 +210,9 @@ def test_with_the_plain_layout_every_layer_has_it_and_the_gradient_is_the_same(c
 
 
 def test_lrn_leaves_its_input_as_it_was(ck):
-    x = rand(2, 8, 3, 3)
-    before = x.clone()
-    with_gradient(ck.LocalResponseNormalization(), x)
-    ck.LocalResponseNormalization()(x)
+    x = rand(2, 8, 3, 3).requires_grad_()
+    before = x.detach().clone()
+    ck.LocalResponseNormalization()(x).sum().backward()
     assert torch.equal(x, before)
 
 
@@ -348,6 +350,20 @@ def test_what_is_not_compiled_is_not_called_compiled(ck, name, monkeypatch, caps
     model = ck.build_model(ck.Config(), 10)
     assert not ck.fuse_layers(model, "auto", torch.device("cpu"), "fp32")
     assert name in capsys.readouterr().out and "FusedMaxPool" not in repr(model)
+
+
+def test_a_network_is_left_as_it_was_where_the_compiler_is_broken(ck, monkeypatch, capsys):
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler\nand more lines")
+
+    monkeypatch.setattr(ck, "_fused", broken)
+    model = ck.build_model(ck.Config(), 10)
+    before = repr(model)
+    assert not ck.fuse_layers(model, "auto", torch.device("cpu"), "fp32")
+    assert repr(model) == before
+    assert capsys.readouterr().out == "note: running without torch.compile, about half as fast (no compiler)\n"
+    with pytest.raises(ck.Problem, match=r"--compile on: torch\.compile does not work here \(no compiler\)$"):
+        ck.fuse_layers(model, "on", torch.device("cpu"), "fp32")
 
 
 def test_a_seed_gives_always_the_same_weights_and_another_seed_others(ck):

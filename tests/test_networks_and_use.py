@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 from conftest import SCRIPT, SMALL_RUN, run, start
 from PIL import Image
 from test_command_line import FILES, PICTURES, Finished
@@ -260,11 +259,7 @@ def test_the_receptive_field_of_the_summary_is_the_one_that_gradients_measure(ck
     assert rows[-1] - rows[0] + 1 == columns[-1] - columns[0] + 1 == size
     said = [row["receptive_field"] for row in ck.summarize(ck.MODELS[name]()) if row["receptive_field"]]
     assert said[-1] == max(said) == size
-
-
-def test_the_receptive_field_of_compact_is_over_44(ck):
-    assert LAST_MAP["compact"][1] > 44
-    assert "46x46 pixels" in documented(ck.CompactNet)
+    assert name != "compact" or f"{size}x{size} pixels" in documented(ck.CompactNet)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -650,21 +645,6 @@ def test_an_absurdly_large_picture_is_named_and_the_others_go_on(side, checkpoin
     assert err.startswith(f"error: cannot read {large}") and "pixels" in err and err.count("\n") == 1
 
 
-def test_predictions_on_png_files_of_real_images_are_those_of_evaluation(ck, checkpoint, cifar10_dir, call, tmp_path):
-    real = torchvision.datasets.CIFAR10(cifar10_dir, train=False)
-    images, labels = torch.from_numpy(real.data[:300]).permute(0, 3, 1, 2), torch.tensor(real.targets[:300])
-    save_pictures_of(images, tmp_path)
-    out, _ = call("--checkpoint", checkpoint, "--image-dir", tmp_path, "--json", "--show-all-probs")
-    device = ck.choose_device("auto")
-    model, saved, _ = ck.load_trained(checkpoint, device)
-    loader = ck.CifarLoader(images, labels, saved["classes"], saved["mean"], saved["std"], 250, device=device)
-    precision = ck.choose_precision("auto", device)
-    log_probabilities = ck.evaluate_model(model, loader, precision).log_probabilities
-    for guess, row in zip(json.loads(out), log_probabilities, strict=True):
-        assert next(iter(guess["classes"])) == saved["classes"][row.argmax()]
-        assert [guess["classes"][name] for name in saved["classes"]] == pytest.approx(row.exp().tolist(), abs=1e-6)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # One's own pictures
 # ----------------------------------------------------------------------------------------------------------------------
@@ -893,7 +873,7 @@ def test_overwriting_a_run_clears_its_figures_from_tensorboard_too(ck, call, tmp
     monkeypatch.setattr(ck, "SYNTHETIC_COUNTS", (80, 10))
     monkeypatch.setattr(ck, "save_pictures", lambda *_: [])
     (tmp_path / "run").mkdir()
-    for name in ("last.pt", "events.out.tfevents.1.host.2.0"):
+    for name in ("last.pt", "curves.png", "events.out.tfevents.1.host.2.0"):
         (tmp_path / "run" / name).write_bytes(b"of an earlier run")
     arguments = ("--model", "compact", "--val-size", 20, "--epochs", 1, "--overwrite", "--output-dir", tmp_path / "run")
     call(*SMALL_RUN, *arguments)

@@ -5,6 +5,7 @@ processes are forked from a server that has imported the script and are told who
 without the seconds that it takes to start.
 """
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -146,8 +147,15 @@ def torchrun(*arguments: object, cwd: Path, blow: str = "none") -> CompletedProc
 
 def alive(cwd: Path) -> list[int]:
     """Which of the processes that have worked in a folder still live."""
+
+    def is_alive(number: int) -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, 0)
+            return True
+        return False
+
     found = [int(path.read_text() or 0) for path in cwd.glob("pid-*")]
-    return [number for number in found if number and Path(f"/proc/{number}").exists()]
+    return [number for number in found if number and is_alive(number)]
 
 
 def errors(result: CompletedProcess) -> list[str]:

@@ -3,8 +3,10 @@
 import csv
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,9 @@ def numbers(cell: str) -> list[float]:
 def test_there_are_results_and_each_has_a_row():
     assert RESULTS
     assert {path.name for path in RESULTS} == set(table_rows())
+    with_weights = {path.name for path in RESULTS if (path / "best.pt").exists()}
+    assert with_weights == {*list(table_rows())[:3]}
+    assert "of the first three rows the trained weights" in " ".join((ROOT / "README.md").read_text().split())
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
@@ -53,6 +58,16 @@ def test_every_figure_of_the_row_is_that_of_the_summary(folder):
     assert row["last epoch"] == f"{summary['last_test_error']:.2f}"
     seconds = summary["training_seconds"]
     assert row["training time"] == (f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min")
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_the_published_command_still_makes_that_run(ck, folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    config, _ = ck.parse_arguments(shlex.split(summary["command"])[2:])
+    for option in ck.fields(ck.Config):
+        name, now = option.name, getattr(config, option.name)
+        if name in summary and not option.metadata.get("free"):  # flags that came later had no effect then
+            assert summary[name] == (ck.drop_epochs(config) if name == "milestones" else now), name
 
 
 @pytest.mark.parametrize(
@@ -90,7 +105,7 @@ def test_the_table_of_epochs_belongs_to_the_summary(folder):
 
 
 @pytest.mark.parametrize("folder", [f for f in RESULTS if (f / "best.pt").exists()], ids=lambda path: path.name)
-def test_the_published_weights_give_the_published_error_again(folder, request, tmp_path):
+def test_the_published_weights_give_the_published_error_again(ck, folder, request, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     data = request.getfixturevalue(f"{summary['dataset']}_dir")
     assert (folder / "best.pt").stat().st_size < 4e6
@@ -98,10 +113,11 @@ def test_the_published_weights_give_the_published_error_again(folder, request, t
     result = run(*flags, cwd=tmp_path, small=False, timeout=900)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout)
-    # another processor rounds otherwise, which may move a handful of the 10,000 images
+    # another processor rounds otherwise, which may move a handful of the 10,000 images; fp32 in place of bf16 some more
+    same = ck.choose_precision("auto", torch.device("cpu")) == summary["precision_used"]
     for key in ("test_error", "test_error_multi_view", "test_top5_error"):
-        assert figures[key] == pytest.approx(summary[key], abs=0.1)
-    assert figures["test_loss"] == pytest.approx(summary["test_loss"], rel=0.01)
+        assert figures[key] == pytest.approx(summary[key], abs=0.1 if same else 0.4)
+    assert figures["test_loss"] == pytest.approx(summary["test_loss"], rel=0.01 if same else 0.03)
 
 
 def test_the_search_is_that_of_its_files_and_never_saw_the_test_set():
@@ -115,6 +131,15 @@ def test_the_search_is_that_of_its_files_and_never_saw_the_test_set():
         assert numbers(row["epochs"]) == [summary["epochs"]]
         assert row["best validation accuracy"] == f"{summary['best_val_accuracy']:.2f}"
         assert row["last epoch"] == f"{summary['last_val_accuracy']:.2f}"
+
+
+def test_a_fresh_clone_classifies_the_samples_by_the_command_of_the_readme(tmp_path):
+    (command,) = re.findall(r"\npython cifar_krizhevsky.py (--checkpoint results/.*)", (ROOT / "README.md").read_text())
+    result = run(*command.split(), "--json", cwd=ROOT, small=False)
+    assert result.returncode == 0, result.stderr
+    guesses = json.loads(result.stdout)
+    right = [next(iter(guess["classes"])) == Path(guess["file"]).parent.name for guess in guesses]
+    assert len(right) == 100 and sum(right) >= 80
 
 
 @pytest.fixture(scope="module")
@@ -186,13 +211,20 @@ def test_the_speeds_in_the_readme_are_those_of_the_benchmark():
     assert cold in " ".join((ROOT / "README.md").read_text().split())
 
 
-def test_the_speeds_of_the_networks_are_those_of_the_benchmark():
+def test_the_networks_are_those_of_the_summary_and_of_the_benchmark(ck):
     raw, table = measured("networks.json")[0], section_table("Other networks")
-    assert len(table) == 4
+    assert {label.strip("`") for label in table} == set(ck.MODELS)
     for label, row in table.items():
         name = label.strip("`")
         assert row["training, images/s"] == rates(raw[f"{name}-training"])
         assert row["inference, images/s"] == rates(raw[f"{name}-inference"])
+        layers = ck.summarize(ck.MODELS[name]())
+        parameters, multiply_adds = (sum(layer[key] for layer in layers) for key in ("parameters", "multiply_adds"))
+        assert row["parameters"] == f"{parameters:,}"
+        assert row["file"] == f"{4 * parameters / 1e6:.1f} MB"
+        assert row["multiply-adds"] == f"{multiply_adds / 1e6:,.1f} M"
+        sees = max(layer["receptive_field"] or 0 for layer in layers)
+        assert row["receptive field"] == f"{sees}{' of 227' * (name == 'alexnet')}"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -17,7 +17,7 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
-from conftest import SMALL_RUN, one_line_error, run, start
+from conftest import SMALL_RUN, one_line_error, start
 
 import cifar_krizhevsky
 
@@ -61,7 +61,7 @@ def differences(folder: Path, other: Path) -> list[str]:
     return [name for name in these if these[name] != those[name]]
 
 
-def send_itself(number: int, moment: str, count: int) -> None:
+def send_itself(number: int, moment: str, count: int, times: int = 1) -> None:
     """Have this process receive a signal at the count-th "step", or when it writes a file for the count-th time.
 
     "torn last.pt" is when half of the new file is written, "before last.pt" when all of it is but the old one still
@@ -76,7 +76,8 @@ def send_itself(number: int, moment: str, count: int) -> None:
         if count == 0:
             if when == "torn":
                 os.truncate(source, Path(source).stat().st_size // 2)
-            os.kill(os.getpid(), number)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
 
     def counted_step(*arguments: object, **options: object) -> object:
         reached()
@@ -236,7 +237,8 @@ def test_resume_says_at_which_epoch_and_learning_rate_it_goes_on(tmp_path):
 def test_the_seeds_go_on_where_they_were_killed(tmp_path):
     seeds = [*RUN, "--epochs", "2", "--seeds", "2", "--output-dir"]
     uninterrupted = train(*seeds, "whole", cwd=tmp_path)
-    train(*seeds, "run", cwd=tmp_path, blow=killed("step", 4 * 2 + 6))
+    blow = killed("step", 4 * 2 + 6)
+    assert train(*seeds, "run", cwd=tmp_path, blow=blow).returncode == -signal.SIGKILL
     first_written = (tmp_path / "run" / "seed0" / "last.pt").stat().st_mtime_ns
     resumed = train(*seeds, "run", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -252,20 +254,23 @@ def test_the_seeds_go_on_where_they_were_killed(tmp_path):
 
 
 def test_ctrl_c_stops_a_run_that_the_printed_command_goes_on_with(tmp_path):
-    process = start(*SMALL_RUN, "--no-test", "--output-dir", "a run", cwd=tmp_path)
-    try:
-        out = "".join(iter(lambda: line if "1/2" not in (line := process.stdout.readline()) else "", ""))
-        process.send_signal(signal.SIGINT)
-        rest, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == 130, out + err
-    assert err == ""
-    assert torch.load(tmp_path / "a run" / "last.pt", weights_only=True)["epoch"] == 1
-    resumed = run(*command_in(rest), cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming a run/last.pt at epoch 2" in resumed.stdout
-    assert json.loads((tmp_path / "a run" / "summary.json").read_text())["epochs"] == 2
+    def stopped_after(line: str, *arguments: str) -> str:
+        """What a run still prints that receives Ctrl-C when it has printed this line."""
+        process = start(*arguments, cwd=tmp_path)
+        try:
+            seen = [next(out for out in process.stdout if line in out)]
+            process.send_signal(signal.SIGINT)
+            rest, err = process.communicate(timeout=300)
+        finally:
+            process.kill()
+        assert (process.returncode, err) == (130, ""), [*seen, rest]
+        return rest
+
+    long = ("--epochs", "1000", "--milestones", "1000", "--no-test", "--output-dir", "a run")
+    rest = stopped_after(" 1/1000 ", *SMALL_RUN, *long)
+    done = torch.load(tmp_path / "a run" / "last.pt", weights_only=True)["epoch"]
+    assert done >= 1
+    stopped_after(f"resuming a run/last.pt at epoch {done + 1},", *command_in(rest))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -278,6 +283,12 @@ def test_a_stopped_run_keeps_the_finished_epochs_and_loses_nothing(
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == epochs
     assert train(*command_in(stopped.stdout), cwd=tmp_path).returncode == 0
     assert differences(tmp_path / "run", whole) == []
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once_and_finished_epochs_are_kept(tmp_path):
+    stopped = train(*RUN, "--output-dir", "run", cwd=tmp_path, blow=(signal.SIGINT, "step", 6, 2))
+    assert stopped.returncode == -signal.SIGINT
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
 
 
 def test_a_run_that_was_given_more_epochs_can_be_stopped_too(whole, tmp_path):
@@ -368,6 +379,14 @@ def test_resuming_a_finished_run_evaluates_it_and_says_so(whole, tmp_path):
     assert differences(tmp_path / "run", whole) == []
 
 
+def test_a_run_with_no_test_is_tested_afterwards_without_that_flag(whole, tmp_path):
+    command = [*RUN, "--output-dir", "run"]
+    assert train(*command, "--no-test", cwd=tmp_path).returncode == 0
+    assert "test_error" not in json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert train(*command, "--resume", cwd=tmp_path).returncode == 0
+    assert differences(tmp_path / "run", whole) == []
+
+
 # a value that contradicts the run, for every flag that is part of what it computes
 OTHER = {"dataset": "cifar10", "val_size": 10, "norm": "none", "batch_size": 48, "lr": 0.01, "momentum": 0.5}
 OTHER |= {"weight_decay": 0.0, "gamma": 0.5, "milestones": 2, "seed": 1, "select": "accuracy", "precision": "fp32"}
@@ -442,19 +461,13 @@ def test_a_folder_that_holds_a_run_is_refused_with_the_ways_out(whole, ck, capsy
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
-def test_overwrite_replaces_a_run(halfway, whole, tmp_path):
-    (tmp_path / "run").mkdir()
-    for path in halfway.iterdir():
-        (tmp_path / "run" / path.name).write_bytes(path.read_bytes())
-    assert train(*RUN, "--output-dir", "run", "--overwrite", cwd=tmp_path).returncode == 0
-    assert differences(tmp_path / "run", whole) == []
-
-
 @pytest.mark.parametrize("moment", ["before last.pt", "after last.pt", "step"])
 def test_an_overwriting_run_that_is_stopped_goes_on_by_the_printed_command(moment, whole, tmp_path):
     assert train(*RUN, "--lr", "0.5", "--output-dir", "run", cwd=tmp_path).returncode == 0
     stopped = train(*RUN, "--output-dir", "run", "--overwrite", cwd=tmp_path, blow=(signal.SIGINT, moment, 1))
     assert stopped.returncode == 130
+    left = {"best.pt", "summary.json"} & {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == (set() if moment == "step" else {"best.pt", "summary.json"})
     resumed = train(*command_in(stopped.stdout), cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert differences(tmp_path / "run", whole) == []
@@ -465,7 +478,7 @@ def test_resume_never_replaces_a_best_network_whose_last_pt_is_gone(whole, tmp_p
     (tmp_path / "run" / "best.pt").write_bytes((whole / "best.pt").read_bytes())
     result = train(*RUN, "--output-dir", "run", "--resume", cwd=tmp_path)
     assert result.returncode == 2
-    assert "run" in one_line_error(result)
+    assert "run holds a run already: it has no last.pt" in one_line_error(result)
     assert (tmp_path / "run" / "best.pt").read_bytes() == (whole / "best.pt").read_bytes()
 
 

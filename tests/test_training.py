@@ -338,6 +338,31 @@ def test_a_precision_that_is_asked_for_is_taken(ck):
     assert ck.choose_precision("auto", torch.device("mps")) == "fp32"
 
 
+def test_every_hyperparameter_reaches_the_training(ck, monkeypatch):
+    monkeypatch.setattr(ck, "SYNTHETIC_COUNTS", (60, 20))
+    flags = "--dataset synthetic --val-size 20 --compile off --inputs 0-255 --batch-size 7 --seed 3"
+    sgd = "--lr 0.25 --momentum 0.8 --weight-decay 0.02 --gamma 0.5 --milestones 4 2"
+    config, _ = ck.parse_arguments([*flags.split(), *sgd.split(), "--output-dir", "run"])
+    run = ck.prepare(config, {})
+    (group,) = run.optimizer.param_groups
+    assert [group[name] for name in ("lr", "momentum", "weight_decay")] == [0.25, 0.8, 0.02]
+    assert not group["nesterov"] and not group["dampening"]
+    assert {*map(id, group["params"])} == {*map(id, run.model.parameters())}
+    assert (run.scheduler.gamma, sorted(run.scheduler.milestones)) == (0.5, [2, 4])
+    assert (run.train_loader.seed, run.train_loader.batch_size) == (3, 7)
+    for loader in (run.train_loader, run.val_loader, run.test_loader):
+        assert loader.std == (1 / 255,) * 3
+
+
+def test_the_flag_deterministic_asks_pytorch_for_it(ck, in_process, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    in_process("--epochs", "1", "--no-test")
+    assert asked == []
+    in_process("--epochs", "1", "--no-test", "--deterministic", "--overwrite")
+    assert asked == [True]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Use in other people's code
 # ----------------------------------------------------------------------------------------------------------------------
