@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tarfile
@@ -284,6 +285,22 @@ def test_resume_takes_the_folder_of_a_run_too(tiny, trained, capsys):
     assert "is finished after 2 epochs" in capsys.readouterr().out
 
 
+def test_a_file_system_that_does_not_synchronise_folders_costs_no_descriptors(ck, tmp_path, monkeypatch):
+    def descriptor() -> int:
+        os.close(lowest := os.open(os.devnull, os.O_RDONLY))
+        return lowest
+
+    def refuse_folders(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    before = descriptor()
+    ck.write_atomically(tmp_path / "metrics.csv", b"1")
+    assert (tmp_path / "metrics.csv").read_bytes() == b"1"
+    assert descriptor() == before
+
+
 def test_a_run_removes_no_file_that_is_not_its_own(tiny, tmp_path):
     mine = {".notes.tmp", ".last.pt.mine.tmp", "events.out.tfevents.mine", "best.pt.old"}
     for name in mine:
@@ -328,7 +345,8 @@ def test_weights_or_constants_that_are_not_finite_or_classes_that_are_the_same_a
 ):
     path, good = tmp_path / "best.pt", changed(trained / "best.pt")
     nan = {name: weights * float("nan") for name, weights in good["model"].items()}
-    for change in ({"std": [0.0] * 3}, {"mean": [float("nan")] * 3}, {"classes": ["a"] * 10}, {"model": nan}):
+    strange = [{"std": [0.0] * 3}, {"mean": [float("nan")] * 3}, {"mean": [0.5] * 2, "std": [0.5] * 4}]
+    for change in (*strange, {"classes": ["a"] * 10}, {"classes": [*range(10)]}, {"model": nan}):
         torch.save({**good, **change}, path)
         assert str(path) in fails("--checkpoint", path, "--image", picture, code=1)
 
