@@ -1,5 +1,6 @@
 """What the tests share: the script as a module, and the script run as a user runs it."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -25,6 +26,12 @@ cifar_krizhevsky.SYNTHETIC_COUNTS = (600, 200)
 sys.exit(cifar_krizhevsky.main(sys.argv[1:]))
 """
 SMALL_RUN = ("--dataset", "synthetic", "--val-size", "100", "--epochs", "2", "--compile", "off")
+
+
+# makes processes that have imported the script and PyTorch, and have not computed anything
+server = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else None)
+if hasattr(os, "fork"):
+    server.set_forkserver_preload(["cifar_krizhevsky", "torch._dynamo", "torch.distributed.run"])
 
 
 def start(*arguments: object, cwd: Path, small: bool = True, **options: object) -> subprocess.Popen:

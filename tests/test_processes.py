@@ -8,7 +8,6 @@ without the seconds that it takes to start.
 import contextlib
 import csv
 import json
-import multiprocessing
 import os
 import re
 import shlex
@@ -21,7 +20,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 import torch.distributed.run
-from conftest import ROOT
+from conftest import ROOT, server
 from torch import distributed
 
 import cifar_krizhevsky
@@ -93,11 +92,6 @@ def _child(arguments: list[str], cwd: Path, environment: dict[str, str]) -> None
     number = environment.get("RANK", "0")
     with open(f"out-{number}", "w") as sys.stdout, open(f"err-{number}", "w") as sys.stderr:
         work(arguments)
-
-
-server = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else None)
-if hasattr(os, "fork"):
-    server.set_forkserver_preload(["cifar_krizhevsky", "torch.distributed.run"])
 
 
 def together(count: int, *arguments: object, cwd: Path, blow: str = "none") -> CompletedProcess:

@@ -6,7 +6,6 @@ each is as fresh as one from the shell, without the seconds that importing PyTor
 
 import csv
 import json
-import multiprocessing
 import os
 import shlex
 import signal
@@ -17,7 +16,7 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
-from conftest import SMALL_RUN, one_line_error, start
+from conftest import SMALL_RUN, one_line_error, server, start
 
 import cifar_krizhevsky
 
@@ -105,11 +104,6 @@ def _child(arguments: list[str], cwd: Path, blow: tuple | None) -> None:
         if blow:
             send_itself(*blow)
         sys.exit(cifar_krizhevsky.main(arguments))
-
-
-server = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else None)
-if hasattr(os, "fork"):
-    server.set_forkserver_preload(["cifar_krizhevsky"])
 
 
 def train(*arguments: object, cwd: Path, blow: tuple | None = None) -> CompletedProcess:
