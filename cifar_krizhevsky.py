@@ -889,9 +889,10 @@ def get_cifar_data_loaders(
     held_out = validation_split(labels, val_size)
     common = {"classes": classes, "mean": mean, "std": std, "device": device}
     evaluation = {**common, "batch_size": EVAL_BATCH_SIZE}
-    train = CifarLoader(images[~held_out], labels[~held_out], batch_size=batch_size, augment=True, seed=seed, **common)
-    validation = CifarLoader(images[held_out], labels[held_out], **evaluation) if val_size else None
-    return train, validation, CifarLoader(*test, **evaluation)
+    training = {**common, "batch_size": batch_size, "augment": True, "seed": seed}
+    train_loader = CifarLoader(images[~held_out], labels[~held_out], **training)
+    val_loader = CifarLoader(images[held_out], labels[held_out], **evaluation) if val_size else None
+    return train_loader, val_loader, CifarLoader(*test, **evaluation)
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
@@ -2189,7 +2190,7 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
     """One run, from its first epoch or the last finished one to the test error. Returns what summary.json holds."""
     folder, resumes = Path(config.output_dir), config.resume is not None
     last_file = Path(config.resume or folder / "last.pt")
-    # the others wait here until the first process holds the folder
+    # of several processes, those that are not the first wait here until it holds the folder
     saved = same_for_all(lambda: load_checkpoint(last_file, RUN_FORMAT) if resumes and last_file.exists() else None)
     if saved:
         with reading_checkpoint(last_file):
