@@ -25,7 +25,7 @@ Use the result:
 What 200 epochs gave on two cores of an AMD EPYC (bf16, PyTorch 2.15.0, n = 1), as test error on one view and on ten:
 
     CIFAR-10, as it is                                  12.09 %   10.59 %   151 minutes, beside other work
-    CIFAR-10, with the README's best hyperparameters     9.94 %    8.99 %   106 minutes
+    CIFAR-10, with the README's best hyperparameters     9.94 %    8.99 %   106 minutes, beside other work
     CIFAR-100, as it is                                 41.38 %   38.87 %   260 minutes, beside other work
     CIFAR-100, with the README's best hyperparameters   34.91 %   33.04 %   105 minutes, beside other work
 
