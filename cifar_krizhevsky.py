@@ -1184,8 +1184,8 @@ def momentum_buffers(optimizer: optim.Optimizer) -> list[Tensor]:
 
 
 def learning_rate(optimizer: optim.Optimizer) -> float:
-    """The current one, to seven digits: more than that a tensor of fp32, which it is on CUDA, does not have."""
-    return float(f"{float(optimizer.param_groups[0]['lr']):.7g}")
+    """The current one, to six digits: a tensor of fp32, which it is on CUDA, keeps that many."""
+    return float(f"{float(optimizer.param_groups[0]['lr']):.6g}")
 
 
 def drop_epochs(config: Config) -> list[int]:
@@ -1446,7 +1446,7 @@ def choose_device(name: str) -> torch.device:
         raise Problem(f"--device {name}: this machine has no such device, only {', '.join(has)}", 2) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # so that fp32 is what it says
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # so that fp32 is what it says
     return device
 
 
@@ -1461,12 +1461,14 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def fuse_layers(model: nn.Module, wanted: str, device: torch.device, precision: str) -> bool:
+def fuse_layers(
+    model: nn.Module, wanted: str, device: torch.device, precision: str, batch_size: int = EVAL_BATCH_SIZE
+) -> bool:
     """Have torch.compile fuse some layers, if wanted and possible; says in one line why it is not.
 
     They are those of local response normalisation, with a ReLU that is defined just before (and used nowhere else: an
     nn.Identity takes its place), and the first max-pooling 3x3 with stride 2, which has the largest input. A copy of
-    the network is tried on a few images, so that a missing or broken compiler shows here and not within training.
+    the network is tried (on a GPU with a whole batch), so that a missing or broken compiler shows here and not within training.
     """
     poolings = [name for name, layer in model.named_modules() if repr(layer) == repr(nn.MaxPool2d(3, 2))]
     has_lrn = any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
@@ -1486,7 +1488,7 @@ def fuse_layers(model: nn.Module, wanted: str, device: torch.device, precision: 
     try:
         if "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
             raise RuntimeError("TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set")
-        count = 2 if device.type == "cpu" else 128  # Triton keeps the blocks that are best for the first size it sees
+        count = 2 if device.type == "cpu" else max(2, batch_size)  # Triton's blocks suit the first size that it sees
         images = torch.zeros(count, 3, 32, 32, device=device).to(memory_format=memory_layout(device)).requires_grad_()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = fuse(copy.deepcopy(model)).eval()(images)
@@ -1667,8 +1669,11 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"], device=run.device) if run.device.type == "cuda" else group["lr"]
         for parameter in group["params"]:
-            if run.optimizer.state[parameter]["momentum_buffer"].shape != parameter.shape:
+            state = run.optimizer.state[parameter]
+            if state["momentum_buffer"].shape != parameter.shape:
                 raise ValueError("its momentum has another shape")
+            # in the memory layout of the parameter, which fused SGD takes for granted; a run on MPS has another
+            state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
     run.scheduler.load_state_dict({"last_epoch": saved["epoch"]})
     run.history, run.best_epoch, run.best_weights = saved["history"], saved["best_epoch"], saved["best_model"]
     if not len(run.history) == saved["epoch"] >= run.best_epoch >= min(1, saved["epoch"]):
@@ -2103,7 +2108,7 @@ def prepare(config: Config, before: dict[str, Any]) -> Run:
         else:
             print("note: batch normalisation sees the share of each process alone: other steps than one would take")
     wanted = "off" if config.compile == "auto" and not before.get("compiled", True) else config.compile
-    fused = fuse_layers(model, wanted, device, precision)
+    fused = fuse_layers(model, wanted, device, precision, config.batch_size)
     hardware = describe_hardware(device, precision, fused)
     if changed := [f"{k} was {before[k]}, is {v}" for k, v in hardware.items() if before.get(k, v) != v]:
         print(f"note: not bit for bit what it would have been: {'; '.join(changed)}")

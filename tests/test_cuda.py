@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, SMALL_RUN, VISIBLE_GPUS, run
 
-pytestmark = pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no CUDA GPU")
+no_gpu = torch.version.cuda is None or not shutil.which("nvidia-smi")
+pytestmark = pytest.mark.skipif(no_gpu, reason="no CUDA GPU, or no PyTorch for it")
 
 ENVIRONMENT = {name: value for name, value in VISIBLE_GPUS.items() if value is not None}
 
@@ -28,20 +30,21 @@ def trained(step):
     before = ck.weights_of(run.model)
     for epoch in range(1, config.epochs + 1):
         run.train_loader.set_epoch(epoch)
+        torch.manual_seed(epoch)  # of dropout
         losses.append(ck.train_one_epoch(
             run.model, run.train_loader, torch.nn.CrossEntropyLoss(), run.optimizer, run.device, run.precision, step
         )[0])
         run.scheduler.step()
     after = ck.weights_of(run.model)
-    return losses, {{name: after[name] - before[name] for name in after}}
+    return losses, {{name: (after[name] - before[name]).double() for name in after}}
 
 captured, plain = ck.CapturedStep(), ck.train_step
 (losses, moved), (expected, truly) = trained(captured), trained(plain)
 assert sorted(captured.graphs) == [16, 64], captured.graphs.keys()
-torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
+torch.testing.assert_close(losses, expected, rtol=1e-3 if config.precision == "fp32" else 1e-2, atol=0)
 for name in moved:
     difference, size = (moved[name] - truly[name]).norm(), truly[name].norm()
-    assert difference <= 0.02 * size, (name, difference, size)
+    assert difference <= (0.02 if config.precision == "fp32" else 0.1) * size, (name, difference, size)
 """
 
 
@@ -49,10 +52,18 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in VISIBLE_GPUS} | ENVIRONMENT
 
 
-@pytest.mark.parametrize("compiled", ["off", "on"])
-def test_the_captured_step_trains_as_the_plain_one_across_milestones_and_a_short_batch(compiled, tmp_path):
-    flags = ("--precision", "fp32", "--compile", compiled)
-    program = [sys.executable, "-c", CAPTURED_AND_PLAIN, *flags]
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--precision fp32 --compile off",
+        "--precision fp32 --compile auto",
+        "--precision bf16 --compile auto",
+        "--precision fp32 --compile auto --dropout 0.3",  # the graph draws the masks that the plain step draws
+        "--precision fp32 --model compact",  # whose running statistics the warm-up must not change
+    ],
+)
+def test_the_captured_step_trains_as_the_plain_one_across_milestones_and_a_short_batch(flags, tmp_path):
+    program = [sys.executable, "-c", CAPTURED_AND_PLAIN, *flags.split()]
     result = subprocess.run(program, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -208,6 +209,20 @@ def test_a_run_with_fused_kernels_is_resumed_exactly_too(tmp_path):
     assert train(*fused, "run", cwd=tmp_path, blow=killed("step", 6)).returncode == -signal.SIGKILL
     assert train(*fused, "run", "--resume", cwd=tmp_path).returncode == 0
     assert differences(tmp_path / "run", tmp_path / "whole") == []
+
+
+def test_a_run_from_a_device_with_another_memory_layout_goes_on_as_if_it_had_been_here(halfway, whole, tmp_path):
+    shutil.copytree(halfway, tmp_path / "run")
+    last = torch.load(halfway / "last.pt", weights_only=True)
+    momenta = last["optimizer"]["state"].values()
+    assert not all(state["momentum_buffer"].is_contiguous() for state in momenta)
+    for state in momenta:
+        state["momentum_buffer"] = state["momentum_buffer"].contiguous()
+    last["model"] = {name: weights.contiguous() for name, weights in last["model"].items()}
+    torch.save(last, tmp_path / "run" / "last.pt")
+    resumed = train(*RUN, "--output-dir", "run", "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert differences(tmp_path / "run", whole) == []
 
 
 def test_what_a_killed_save_leaves_behind_is_cleared_away(whole, tmp_path):
