@@ -1468,7 +1468,8 @@ def fuse_layers(
 
     They are those of local response normalisation, with a ReLU that is defined just before (and used nowhere else: an
     nn.Identity takes its place), and the first max-pooling 3x3 with stride 2, which has the largest input. A copy of
-    the network is tried (on a GPU with a whole batch), so that a missing or broken compiler shows here and not within training.
+    the network is tried, on a GPU with a whole batch, so that a missing or broken compiler shows here and not within
+    training.
     """
     poolings = [name for name, layer in model.named_modules() if repr(layer) == repr(nn.MaxPool2d(3, 2))]
     has_lrn = any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
