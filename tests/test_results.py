@@ -60,6 +60,29 @@ def test_every_figure_of_the_row_is_that_of_the_summary(folder):
     assert row["training time"] == (f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min")
 
 
+def test_the_table_of_the_ablation_is_that_of_its_runs():
+    constants, rows = None, section_table("Does LRN help?", "### ")
+    assert {name.strip("`") for name in rows} == {f"results/{p.name}" for p in RESULTS if p.name.startswith("ablation")}
+    for name, row in rows.items():
+        folder = ROOT / name.strip("`")
+        summary = json.loads((folder / "summary.json").read_text())
+        with open(folder / "metrics.csv", newline="") as file:
+            at_the_end = float([*csv.DictReader(file)][-1]["train_accuracy"])
+        assert row["training accuracy at the end"] == f"{at_the_end:.2f}"
+        assert row["best validation accuracy"] == f"{summary['best_val_accuracy']:.2f}"
+        assert row["test error, single view"] == f"{summary['test_error']:.2f}"
+        setting = row["LRN, with β = 0.75"]
+        assert summary["norm"] == ("none" if setting == "none" else "lrn")
+        assert summary["inputs"] == ("0-255" if "0 to 255" in setting else "standardized")
+        assert (summary["epochs"], summary["lr"], summary["weight_decay"], summary["seed"]) == (60, 0.01, 5e-4, 0)
+        if summary["norm"] == "lrn":
+            told = re.search("n = (.+), α = (.+), k = (.+)", setting)
+            constants = [float(number) for number in told.groups()] if told else constants  # or "the same"
+            assert [summary[f"lrn_{key}"] for key in ("size", "alpha", "k", "beta")] == [*constants, 0.75]
+            layers = re.findall(r"^norm\d .* ([\d.]+)$", (folder / "denominators.txt").read_text(), re.M)
+            assert row["largest d / k, first and second layer"] == ", ".join(layers)
+
+
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
 def test_the_published_command_still_makes_that_run(ck, folder):
     summary = json.loads((folder / "summary.json").read_text())
