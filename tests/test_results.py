@@ -201,7 +201,7 @@ CONTENDERS = {  # of tests/benchmark.py, by their name in the README's table of 
     "this script, bf16, `--compile off`": "bf16-eager",
     "this script, fp32": "fp32-compiled",
     "this script, fp32, `--compile off`": "fp32-eager",
-    "this script, bf16, `--norm none --compile off`": "no-norm",
+    "this script, bf16, `--norm none`": "no-norm",
     "floor, fp32": "floor-fp32",
     "floor, bf16": "floor-bf16",
 }
