@@ -47,8 +47,11 @@ def test_every_figure_of_the_row_is_that_of_the_summary(folder):
     row, summary = table_rows()[folder.name], json.loads((folder / "summary.json").read_text())
     assert row["command"].strip("`") == summary["command"]
     assert numbers(row["epochs"]) == [summary["epochs"]]
+    assert numbers(row["initial learning rate"]) == [summary["lr"]]
+    assert numbers(row["weight decay"]) == [summary["weight_decay"]]
     held_out = summary["val_size"] > 0
     assert row["best validation accuracy"] == (f"{summary['best_val_accuracy']:.2f}" if held_out else "–")
+    assert row["test accuracy"] == f"{100 - summary['test_error']:.2f}"
     for column, key in (("test error, single view", "test_error"), ("10 views", "test_error_multi_view")):
         low, high = summary[f"{key}_interval"]
         assert row[column] == f"{summary[key]:.2f} ({low:.2f} to {high:.2f})"
