@@ -98,6 +98,7 @@ def send_itself(number: int, moment: str, count: int, times: int = 1) -> None:
 
 def _child(arguments: list[str], cwd: Path, blow: tuple | None) -> None:
     os.chdir(cwd)
+    torch.set_num_threads(2)  # also where the tests run side by side: the bits must not depend on which is faster
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would not have
     with open("stdout", "w", buffering=1) as sys.stdout, open("stderr", "w", buffering=1) as sys.stderr:
         cifar_krizhevsky.SYNTHETIC_COUNTS = COUNTS
