@@ -195,122 +195,6 @@ class Config:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class _Window(NamedTuple):
-    """The constants of one normalisation; `before` and `after`: channels of the window on each side of its centre."""
-
-    before: int
-    after: int
-    relu: bool
-    alpha_over_size: float
-    beta: float
-    k: float
-
-
-# With d_c = k + alpha/size * sum of x_j^2 over the window around c, and s_c = d_c^-beta, the normalisation is
-#     y_c = x_c s_c
-#     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum of (g_i x_i s_i / d_i) over the channels i whose window has c
-# where g = dL/dy. It is written by hand, as three passes over rows of channels, because autograd through torch.compile
-# is several times slower. Each writes `out`. `x` is padded with `before` channels of zeros on one side and `after` on
-# the other, for the windows at the ends; `cross` the other way round, because its sum is over the channels whose window
-# has c, and not over the window of c. All arithmetic is in fp32 or better, whatever the storage: bf16 would round d to
-# k, and the normalisation would silently become a constant.
-
-
-def _window_sum(w: _Window, padded: Tensor) -> Tensor:
-    channels = padded.size(1) - w.before - w.after
-    return functools.reduce(torch.add, [padded[:, i : i + channels] for i in range(w.before + 1 + w.after)])
-
-
-def _centre_denominator_scale(w: _Window, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    denominator = w.k + w.alpha_over_size * _window_sum(w, x * x)
-    root = denominator.rsqrt()  # two square roots are several times cheaper than a power
-    scale = root * root.sqrt() if w.beta == 0.75 else denominator.pow(-w.beta)
-    return x[:, w.before : x.size(1) - w.after], denominator, scale
-
-
-def _lrn_output(w: _Window, out: Tensor, x: Tensor) -> None:
-    centre, _, scale = _centre_denominator_scale(w, x)
-    out.copy_(centre * scale)
-
-
-def _lrn_cross_term(w: _Window, out: Tensor, x: Tensor, grad: Tensor) -> None:
-    centre, denominator, scale = _centre_denominator_scale(w, x)
-    out.copy_(grad * centre * scale / denominator)
-
-
-def _lrn_gradient(w: _Window, out: Tensor, x: Tensor, grad: Tensor, cross: Tensor) -> None:
-    centre, _, scale = _centre_denominator_scale(w, x)
-    others = _window_sum(w, cross.to(centre.dtype))
-    grad = grad * scale - 2 * w.alpha_over_size * w.beta * centre * others
-    out.copy_(torch.where(centre > 0, grad, 0) if w.relu else grad)
-
-
-@functools.cache
-def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel(constants, *tensors)` as one loop made by torch.compile, for tensors of any length.
-
-    A short last batch therefore neither compiles anew nor runs another kernel.
-    """
-    compiled = torch.compile(kernel, dynamic=False)
-
-    def run(constants: tuple, *tensors: Tensor) -> Any:
-        for tensor in tensors:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled(constants, *tensors)
-
-    return run
-
-
-def _by_rows(kernel: Callable[..., None], fused: bool, window: _Window, *rows: Tensor) -> Tensor:
-    """Have a pass write the first of `rows`, which is returned: as one fused loop or eagerly, on a CPU in blocks."""
-    if fused:
-        _fused(kernel)(window, *rows)
-    else:
-        length = 4096 if rows[0].is_cpu else max(1, len(rows[0]))
-        for block in zip(*(r.split(length) for r in rows)):
-            kernel(window, *block)
-    return rows[0]
-
-
-def _padded(rows: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
-    """Zeros as wide as `rows` and the margins, and the view of them between the margins."""
-    padded = rows.new_zeros(rows.size(0), before + rows.size(1) + after)
-    return padded, padded[:, before : before + rows.size(1)]
-
-
-def _images(rows: Tensor, shape: torch.Size) -> Tensor:
-    """Rows of channels as images (N, C, H, W) of this shape, in the `memory_layout`."""
-    n, c, h, w = shape
-    return rows.view(n, h, w, c).permute(0, 3, 1, 2).contiguous(memory_format=memory_layout(rows.device))
-
-
-class _LRNFunction(torch.autograd.Function):
-    """Local response normalisation with its gradient written out: only the input is kept for it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, size: int, alpha: float, beta: float, k: float, fused: bool, relu: bool) -> Tensor:
-        shape, c = x.shape, x.size(1)
-        before, after = min(size // 2, c - 1), min((size - 1) // 2, c - 1)  # beyond them every window has only zeros
-        ctx.window, ctx.fused = _Window(before, after, relu, alpha / size, beta, k), fused
-        x = x.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
-        padded, centre = _padded(x, before, after)
-        torch.clamp_min(x, 0, out=centre) if relu else centre.copy_(x)
-        ctx.save_for_backward(padded)
-        return _images(_by_rows(_lrn_output, fused, ctx.window, torch.empty_like(x), padded), shape)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # once_differentiable would not see a derivative by x
-            raise RuntimeError("LocalResponseNormalization can be differentiated only once")
-        (x,), shape = ctx.saved_tensors, grad.shape
-        grad = grad.permute(0, 2, 3, 1).reshape(-1, shape[1]).contiguous()
-        cross, centre = _padded(grad, ctx.window.after, ctx.window.before)  # the window, seen from the other side
-        _by_rows(_lrn_cross_term, ctx.fused, ctx.window, centre, x, grad)
-        grad = _by_rows(_lrn_gradient, ctx.fused, ctx.window, torch.empty_like(grad), x, grad, cross)
-        return _images(grad, shape), *[None] * 6
-
-
 class LocalResponseNormalization(nn.Module):
     """x_c / (k + alpha/size * sum of x_j^2 over the `size` channels j around c) ** beta, at every position.
 
@@ -350,60 +234,6 @@ class LocalResponseNormalization(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}" + ", relu" * self.relu
-
-
-# Max-pooling 3x3 with stride 2 as fused loops over (N, H, W, C). PyTorch writes and reads the place of every maximum as
-# 64 bits, four times its value in bf16. Here row and column in the window are one number, 4 i + j, in the type of the
-# values; of equal values the first counts, as in PyTorch. (torch.compile of nn.MaxPool2d is slower than either.)
-
-
-def _pool_output(size: tuple[int, int], x: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = ((n - 1) // 2 * 2 - 1 for n in size)
-    best, place = x.new_full((), -math.inf), x.new_zeros(())
-    for i, j in itertools.product(range(3), range(3)):
-        values = x[:, i : i + rows : 2, j : j + columns : 2]
-        place = torch.where(values > best, 4 * i + j, place)
-        best = torch.maximum(values, best)
-    return best, place
-
-
-def _pool_gradient(size: tuple[int, int], grad: Tensor, place: Tensor) -> Tensor:
-    total, wide = 0, torch.promote_types(grad.dtype, torch.float32)
-    y, x = torch.arange(size[0], device=grad.device)[:, None], torch.arange(size[1], device=grad.device)
-    for up, left in itertools.product(range(2), range(2)):  # an input is in at most 2 x 2 windows
-        i, j = y // 2 - up, x // 2 - left
-        exists = (i >= 0) & (i < grad.size(1)) & (j >= 0) & (j < grad.size(2))
-        here = torch.where(exists, 4 * (y - 2 * i) + x - 2 * j, -1)[:, :, None]
-        window = (slice(None), i.clamp(0, grad.size(1) - 1), j.clamp(0, grad.size(2) - 1))
-        total = total + torch.where(place[window] == here, grad[window].to(wide), 0)
-    return total.to(grad.dtype)
-
-
-class _MaxPoolFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.size = tuple(x.shape[2:])
-        output, place = _fused(_pool_output)(ctx.size, x.permute(0, 2, 3, 1))
-        ctx.save_for_backward(place)
-        return output.permute(0, 3, 1, 2)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return _fused(_pool_gradient)(ctx.size, grad.permute(0, 2, 3, 1), *ctx.saved_tensors).permute(0, 3, 1, 2)
-
-
-class FusedMaxPool(nn.Module):
-    """`nn.MaxPool2d(3, 2)` as two loops made by torch.compile: (N, C, H, W) to (N, C, (H - 1) // 2, (W - 1) // 2).
-
-    The output is the same; a gradient that is the sum of several is rounded once, and that of a NaN may go to its
-    neighbour. Compiles anew for every other H, W or type, up to torch.compile's limit of eight; then it runs eagerly.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() < 4 or x.size(0) < 2 or min(x.shape[2:]) < 3:  # one image would be compiled anew
-            return F.max_pool2d(x, 3, 2)
-        return _MaxPoolFunction.apply(x)
 
 
 class KrizhevskyNet(nn.Module):
@@ -618,6 +448,181 @@ def summarize(model: nn.Module) -> list[dict[str, Any]]:
     with torch.no_grad():
         model(torch.zeros(1, 3, 32, 32))
     return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels: what makes local response normalisation and max-pooling fast
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Window(NamedTuple):
+    """The constants of one normalisation; `before` and `after`: channels of the window on each side of its centre."""
+
+    before: int
+    after: int
+    relu: bool
+    alpha_over_size: float
+    beta: float
+    k: float
+
+
+# With d_c = k + alpha/size * sum of x_j^2 over the window around c, and s_c = d_c^-beta, the normalisation is
+#     y_c = x_c s_c
+#     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum of (g_i x_i s_i / d_i) over the channels i whose window has c
+# where g = dL/dy. It is written by hand, as three passes over rows of channels, because autograd through torch.compile
+# is several times slower. Each writes `out`. `x` is padded with `before` channels of zeros on one side and `after` on
+# the other, for the windows at the ends; `cross` the other way round, because its sum is over the channels whose window
+# has c, and not over the window of c. All arithmetic is in fp32 or better, whatever the storage: bf16 would round d to
+# k, and the normalisation would silently become a constant.
+
+
+def _window_sum(w: _Window, padded: Tensor) -> Tensor:
+    channels = padded.size(1) - w.before - w.after
+    return functools.reduce(torch.add, [padded[:, i : i + channels] for i in range(w.before + 1 + w.after)])
+
+
+def _centre_denominator_scale(w: _Window, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    denominator = w.k + w.alpha_over_size * _window_sum(w, x * x)
+    root = denominator.rsqrt()  # two square roots are several times cheaper than a power
+    scale = root * root.sqrt() if w.beta == 0.75 else denominator.pow(-w.beta)
+    return x[:, w.before : x.size(1) - w.after], denominator, scale
+
+
+def _lrn_output(w: _Window, out: Tensor, x: Tensor) -> None:
+    centre, _, scale = _centre_denominator_scale(w, x)
+    out.copy_(centre * scale)
+
+
+def _lrn_cross_term(w: _Window, out: Tensor, x: Tensor, grad: Tensor) -> None:
+    centre, denominator, scale = _centre_denominator_scale(w, x)
+    out.copy_(grad * centre * scale / denominator)
+
+
+def _lrn_gradient(w: _Window, out: Tensor, x: Tensor, grad: Tensor, cross: Tensor) -> None:
+    centre, _, scale = _centre_denominator_scale(w, x)
+    others = _window_sum(w, cross.to(centre.dtype))
+    grad = grad * scale - 2 * w.alpha_over_size * w.beta * centre * others
+    out.copy_(torch.where(centre > 0, grad, 0) if w.relu else grad)
+
+
+@functools.cache
+def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel(constants, *tensors)` as one loop made by torch.compile, for tensors of any length.
+
+    A short last batch therefore neither compiles anew nor runs another kernel.
+    """
+    compiled = torch.compile(kernel, dynamic=False)
+
+    def run(constants: tuple, *tensors: Tensor) -> Any:
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(constants, *tensors)
+
+    return run
+
+
+def _by_rows(kernel: Callable[..., None], fused: bool, window: _Window, *rows: Tensor) -> Tensor:
+    """Have a pass write the first of `rows`, which is returned: as one fused loop or eagerly, on a CPU in blocks."""
+    if fused:
+        _fused(kernel)(window, *rows)
+    else:
+        length = 4096 if rows[0].is_cpu else max(1, len(rows[0]))
+        for block in zip(*(r.split(length) for r in rows)):
+            kernel(window, *block)
+    return rows[0]
+
+
+def _padded(rows: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
+    """Zeros as wide as `rows` and the margins, and the view of them between the margins."""
+    padded = rows.new_zeros(rows.size(0), before + rows.size(1) + after)
+    return padded, padded[:, before : before + rows.size(1)]
+
+
+def _images(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Rows of channels as images (N, C, H, W) of this shape, in the `memory_layout`."""
+    n, c, h, w = shape
+    return rows.view(n, h, w, c).permute(0, 3, 1, 2).contiguous(memory_format=memory_layout(rows.device))
+
+
+class _LRNFunction(torch.autograd.Function):
+    """Local response normalisation with its gradient written out: only the input is kept for it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, size: int, alpha: float, beta: float, k: float, fused: bool, relu: bool) -> Tensor:
+        shape, c = x.shape, x.size(1)
+        before, after = min(size // 2, c - 1), min((size - 1) // 2, c - 1)  # beyond them every window has only zeros
+        ctx.window, ctx.fused = _Window(before, after, relu, alpha / size, beta, k), fused
+        x = x.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
+        padded, centre = _padded(x, before, after)
+        torch.clamp_min(x, 0, out=centre) if relu else centre.copy_(x)
+        ctx.save_for_backward(padded)
+        return _images(_by_rows(_lrn_output, fused, ctx.window, torch.empty_like(x), padded), shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable would not see a derivative by x
+            raise RuntimeError("LocalResponseNormalization can be differentiated only once")
+        (x,), shape = ctx.saved_tensors, grad.shape
+        grad = grad.permute(0, 2, 3, 1).reshape(-1, shape[1]).contiguous()
+        cross, centre = _padded(grad, ctx.window.after, ctx.window.before)  # the window, seen from the other side
+        _by_rows(_lrn_cross_term, ctx.fused, ctx.window, centre, x, grad)
+        grad = _by_rows(_lrn_gradient, ctx.fused, ctx.window, torch.empty_like(grad), x, grad, cross)
+        return _images(grad, shape), *[None] * 6
+
+
+# Max-pooling 3x3 with stride 2 as fused loops over (N, H, W, C). PyTorch writes and reads the place of every maximum as
+# 64 bits, four times its value in bf16. Here row and column in the window are one number, 4 i + j, in the type of the
+# values; of equal values the first counts, as in PyTorch. (torch.compile of nn.MaxPool2d is slower than either.)
+
+
+def _pool_output(size: tuple[int, int], x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = ((n - 1) // 2 * 2 - 1 for n in size)
+    best, place = x.new_full((), -math.inf), x.new_zeros(())
+    for i, j in itertools.product(range(3), range(3)):
+        values = x[:, i : i + rows : 2, j : j + columns : 2]
+        place = torch.where(values > best, 4 * i + j, place)
+        best = torch.maximum(values, best)
+    return best, place
+
+
+def _pool_gradient(size: tuple[int, int], grad: Tensor, place: Tensor) -> Tensor:
+    total, wide = 0, torch.promote_types(grad.dtype, torch.float32)
+    y, x = torch.arange(size[0], device=grad.device)[:, None], torch.arange(size[1], device=grad.device)
+    for up, left in itertools.product(range(2), range(2)):  # an input is in at most 2 x 2 windows
+        i, j = y // 2 - up, x // 2 - left
+        exists = (i >= 0) & (i < grad.size(1)) & (j >= 0) & (j < grad.size(2))
+        here = torch.where(exists, 4 * (y - 2 * i) + x - 2 * j, -1)[:, :, None]
+        window = (slice(None), i.clamp(0, grad.size(1) - 1), j.clamp(0, grad.size(2) - 1))
+        total = total + torch.where(place[window] == here, grad[window].to(wide), 0)
+    return total.to(grad.dtype)
+
+
+class _MaxPoolFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.size = tuple(x.shape[2:])
+        output, place = _fused(_pool_output)(ctx.size, x.permute(0, 2, 3, 1))
+        ctx.save_for_backward(place)
+        return output.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _fused(_pool_gradient)(ctx.size, grad.permute(0, 2, 3, 1), *ctx.saved_tensors).permute(0, 3, 1, 2)
+
+
+class FusedMaxPool(nn.Module):
+    """`nn.MaxPool2d(3, 2)` as two loops made by torch.compile: (N, C, H, W) to (N, C, (H - 1) // 2, (W - 1) // 2).
+
+    The output is the same; a gradient that is the sum of several is rounded once, and that of a NaN may go to its
+    neighbour. Compiles anew for every other H, W or type, up to torch.compile's limit of eight; then it runs eagerly.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 4 or x.size(0) < 2 or min(x.shape[2:]) < 3:  # one image would be compiled anew
+            return F.max_pool2d(x, 3, 2)
+        return _MaxPoolFunction.apply(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
