@@ -720,7 +720,7 @@ class Source(NamedTuple):
     std: tuple[float, float, float]
 
 
-SOURCES = {
+SOURCES = {  # not the deviations of 0.2023 and so on that are often seen: those are means over single images
     "cifar10": Source("CIFAR10", 170_498_071, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Source("CIFAR100", 169_001_437, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
@@ -941,10 +941,7 @@ def fetch_dataset(name: str, data_dir: Path) -> None:
     if not wrong():
         return
     archive = data_dir / reader.filename
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Problem(f"cannot make the folder --data-dir {data_dir} ({error.strerror})") from None
+    make_folder(data_dir, "--data-dir")
     with locked(data_dir, wait=True):
         if not (bad := wrong()):  # another run has fetched them meanwhile
             return
@@ -999,7 +996,8 @@ def download(filename: str, md5: str, size: int, data_dir: Path) -> None:
             failures.append(f"{url}: {str(error) or type(error).__name__}")
         finally:
             show_progress("")
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
     raise Problem(
         f"could not download {filename} ({'; '.join(failures)}). Put this file ({size:,} bytes, MD5 {md5}) into "
         f"{data_dir} by hand, or try --dataset synthetic, which needs no download."
@@ -1149,9 +1147,9 @@ class CapturedStep:
     def __init__(self) -> None:
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
 
-    def __call__(self, model, images, labels, criterion, optimizer, precision) -> Tensor:
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *rest: Any) -> Tensor:
         if len(labels) not in self.graphs:
-            self.graphs[len(labels)] = self._capture(model, images, labels, criterion, optimizer, precision)
+            self.graphs[len(labels)] = self._capture(model, images, labels, *rest)
         graph, static_images, static_labels, result = self.graphs[len(labels)]
         static_images.copy_(images)
         static_labels.copy_(labels)
@@ -1159,7 +1157,10 @@ class CapturedStep:
         return result
 
     @staticmethod
-    def _capture(model, images, labels, criterion, optimizer, precision):
+    def _capture(
+        model: nn.Module, images: Tensor, labels: Tensor, *rest: Any
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        _criterion, optimizer, _precision = rest
         images, labels = images.clone(memory_format=torch.channels_last), labels.clone()
         state = [*model.parameters(), *model.buffers(), *momentum_buffers(optimizer)]
         before, rng_state = [tensor.detach().clone() for tensor in state], torch.cuda.get_rng_state(images.device)
@@ -1167,12 +1168,12 @@ class CapturedStep:
         side_stream.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(side_stream):
             for _ in range(3):  # warm-up; it must not train, so everything that it changes is put back
-                train_step(model, images, labels, criterion, optimizer, precision)
+                train_step(model, images, labels, *rest)
         torch.cuda.current_stream(images.device).wait_stream(side_stream)
         optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side_stream):
-            result = train_step(model, images, labels, criterion, optimizer, precision)
+            result = train_step(model, images, labels, *rest)
         with torch.no_grad():
             for tensor, value in zip(state, before):
                 tensor.copy_(value)
@@ -1549,6 +1550,14 @@ RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "summary.json")
 PICTURES = ("curves.png", "predictions.png", "confusion.png", "filters.png")
 
 
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder, and those above it, if it is not there; raises Problem if it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"{flag} {folder}: cannot make this folder ({error.strerror}), choose another") from None
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file by a whole new one: after a crash, a kill or a full disk it is the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -1560,10 +1569,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         last = path.with_name("last.pt")
-        kept = f", {last} holds the finished epochs" if last.exists() else ""
+        kept = f", {last} holds the finished epochs, for --resume" if last.exists() else ""
         raise Problem(f"cannot write {path}: {error.strerror}; what was there before is unharmed{kept}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system that has become read-only does not even look
+            temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # so that the new name too survives a power cut; Windows cannot and need not
         directory = os.open(path.parent, os.O_RDONLY)
         try:
@@ -1586,7 +1596,7 @@ def load_checkpoint(path: Path, expected: str) -> dict[str, Any]:
         Problem: if it is missing, damaged, or not of the expected format.
     """
     if not path.is_file():
-        raise Problem(f"{path}: no such file")
+        raise Problem(f"{path}: no such file; a run keeps its network as best.pt in its folder")
     with reading_checkpoint(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with zipfile.ZipFile(path) as archive:  # torch.save writes a ZIP file; torch.load ignores its checksums
@@ -1613,13 +1623,16 @@ def reading_checkpoint(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         if "state_dict" in reason:
-            raise Problem(f"{path} holds the weights of another network") from None
-        raise Problem(f"{path} is damaged, or not a checkpoint of this script ({reason})") from None
+            raise Problem(f"{path} holds the weights of another network than it says: take another file") from None
+        what = f"{path} is damaged, or not a checkpoint of this script ({reason})"
+        raise Problem(f"{what}: take another file, or train again") from None
 
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold the folder for this process. The system lets go of the lock when the process ends, however it does."""
+    if not os.access(folder, os.W_OK):
+        raise Problem(f"cannot write to {folder}: give yourself the right to, or choose another folder")
     with open(folder / ".lock", "a+b") as file:
         try:
             if os.name == "nt":
@@ -1742,8 +1755,9 @@ def agree_with_checkpoint(config: Config, given: set[str], saved: Config, epoch:
     for name, then in asdict(merged).items():
         now = getattr(config, name)
         if now != then and name in given:
-            raise Problem(f"{flag_name(name)} {now} contradicts {path}, which goes on with {then}", 2)
-        if now != then and name != "epochs":
+            ways = "leave the flag out, or start a run in another --output-dir"
+            raise Problem(f"{flag_name(name)} {now} contradicts {path}, which goes on with {then}: {ways}", 2)
+        if now != then:
             print(f"note: {name} is {then}, as in {path} (the default here is {now})")
     if merged.epochs != saved.epochs and merged.milestones is None:
         keep = f"to keep those of {path}, pass --milestones {' '.join(map(str, drop_epochs(saved)))} too"
@@ -1759,6 +1773,7 @@ def agree_with_checkpoint(config: Config, given: set[str], saved: Config, epoch:
 
 
 def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib, in inches."""
     from matplotlib.figure import Figure  # not pyplot: no window system is asked for, no state is left behind
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -1962,8 +1977,6 @@ def read_picture(path: Path) -> Tensor:
     from PIL import Image, ImageOps
 
     with Image.open(path) as picture:
-        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):  # more than 8 bits of grey
             grey = np.asarray(picture, np.float32)
@@ -2039,6 +2052,8 @@ def evaluate_checkpoint(config: Config, given: set[str]) -> dict[str, Any]:
     if "data_dir" not in given and Path(trained.data_dir).is_dir():
         as_trained["data_dir"] = trained.data_dir
     config = replace(config, **as_trained)
+    folder = Path(config.output_dir or path.parent)
+    make_folder(folder, "--output-dir")
     data = read_dataset(config.dataset, config.data_dir)
     if data.classes != checkpoint["classes"]:
         raise Problem(f"{path} knows other classes than {config.dataset}", 2)
@@ -2048,12 +2063,13 @@ def evaluate_checkpoint(config: Config, given: set[str]) -> dict[str, Any]:
     fuse_layers(model, config.compile, device, precision)
     figures, evaluation = test_figures(model, loader, precision)
     if not config.json:
-        print_test(f"{path} (epoch {checkpoint['epoch']}) on {figures['test_images']:,} test images", figures)
+        title = (
+            f"{path} (epoch {checkpoint['epoch']}) on the {figures['test_images']:,} test images of {config.dataset}"
+        )
+        print_test(title, figures)
         width = max(map(len, data.classes))
         cells = [f"{name:<{width}} {value:5.1f} %" for name, value in figures["test_class_accuracy"].items()]
         print("  accuracy by class", *("   ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)), sep="\n    ")
-    folder = Path(config.output_dir or path.parent)
-    folder.mkdir(parents=True, exist_ok=True)
     title = f"{caption(config.dataset)}, {trained.model}, seed {trained.seed}"
     pictures = save_pictures(folder, test_pictures(model, loader, evaluation, title, "test"))
     if pictures:
@@ -2103,6 +2119,8 @@ def prepare(config: Config, before: dict[str, Any]) -> Run:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA's matrix products need for it
         torch.use_deterministic_algorithms(True)
+    if training_group()[1] > 1 and config.dataset in SOURCES:  # the first process downloads, the others wait
+        same_for_all(lambda: fetch_dataset(config.dataset, Path(config.data_dir)))
     loaders = get_cifar_data_loaders(
         config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device, config.inputs
     )
@@ -2127,6 +2145,7 @@ def prepare(config: Config, before: dict[str, Any]) -> Run:
     momentum_buffers(optimizer)
     # not optim.MultiStepLR, as the architecture document has it: that does not exist
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, drop_epochs(config), config.gamma)
+    config = replace(config, resume=None, overwrite=False)  # for a run to write the same however it got here
     return Run(config, Path(config.output_dir), device, precision, hardware, *loaders, model, optimizer, scheduler, [])
 
 
@@ -2177,7 +2196,9 @@ def test(run: Run) -> dict[str, Any]:
         figures, evaluation = test_figures(best_model, loader, run.precision)
         summary |= figures
         summary["last_test_error"] = 100 - evaluate_model(run.model, loader, run.precision).top1
-        print_test(f"the best epoch ({run.best_epoch}) on {len(loader.labels):,} test images", summary)
+        print_test(
+            f"the best epoch ({run.best_epoch}) on the {len(loader.labels):,} test images of {config.dataset}", summary
+        )
         print(f"  error of the last epoch, single view: {summary['last_test_error']:.2f} %")
     else:
         loader, which = (run.val_loader, "validation") if run.val_loader else (run.train_loader, "training")
@@ -2191,7 +2212,7 @@ def test(run: Run) -> dict[str, Any]:
     if run.tensorboard:
         log_result(run, summary, pictures)
     print(f"wrote {run.folder}: {', '.join([*RUN_FILES, *pictures])}")
-    print(f"use it: python {Path(__file__).name} --checkpoint {shlex.quote(str(run.folder / 'best.pt'))} --image FILE")
+    print(f"use it: {shlex.join(['python', this_script(), '--checkpoint', str(run.folder / 'best.pt')])} --image FILE")
     if config.show:
         show_pictures([run.folder / name for name in pictures])
     return summary
@@ -2264,7 +2285,7 @@ def run_seeds(config: Config) -> None:
         parts: list[Any] = [None] * world_size
         distributed.all_gather_object(parts, summaries)
         summaries = {seed: summary for part in parts for seed, summary in part.items()}
-    print(f"\n{config.seeds} seeds, mean ± standard deviation")
+    print(f"\n{config.seeds} seeds of {config.dataset}, mean ± standard deviation")
     for key, name in RESULTS.items():
         values = [summary[key] for summary in summaries.values() if summary.get(key) is not None]
         if values:
@@ -2283,10 +2304,10 @@ def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
     """`train_and_test`, in a folder that is this process's alone and that holds no other run."""
     folder = Path(config.output_dir)
     if config.resume and not Path(config.resume).is_file():
-        raise Problem(f"--resume {config.resume}: no such file", 2)
+        raise Problem(f"--resume {config.resume}: no such file; without a name it is last.pt in the run's folder", 2)
     if training_group()[0] > 0:  # the first process holds the folder, and is the only one to write there
         return train_and_test(config, given)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output-dir")
     with locked(folder):
         last_file = folder / "last.pt"
         own = config.resume is not None and last_file.exists() and last_file.samefile(config.resume or last_file)
@@ -2313,6 +2334,12 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def this_script() -> str:
+    """The script as it was called, or by its name where another program has imported it."""
+    called, name = sys.argv[0], Path(__file__).name
+    return called if Path(called).name == name else name
+
+
 def command_line(config: Config, given: Iterable[str] = ()) -> str:
     """The command that makes this run from nothing: every flag that does not have its default, or is in `given`.
 
@@ -2320,8 +2347,7 @@ def command_line(config: Config, given: Iterable[str] = ()) -> str:
     """
     world_size = torchrun_group()[1] if config.seeds else training_group()[1]
     start = ["python"] if world_size == 1 else ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
-    script, name = sys.argv[0], Path(__file__).name
-    words = [*start, script if Path(script).name == name else name]
+    words = [*start, this_script()]
     for option in fields(Config):
         value = getattr(config, option.name)
         own_folder = option.name == "output_dir" and not config.seeds and value == str(default_folder(config))
@@ -2369,7 +2395,9 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
     for option in fields(Config):
         rules, default = option.metadata, option.metadata["default"]
         kind = next(k for k in (bool, int, float, str) if re.search(rf"\b{k.__name__}\b", str(option.type)))
-        help_text = rules["help"] + ("" if default is None or default is False else f" (default: {default})")
+        help_text = rules["help"]
+        if default is not None or "(default: " not in help_text:
+            help_text += f" (default: {'none' if default is None else 'off' if default is False else default})"
         settings: dict[str, Any] = {key: rules[key] for key in ("choices", "metavar", "nargs", "const") if key in rules}
         if kind is bool:
             settings["action"] = "store_true"
@@ -2402,6 +2430,8 @@ def check_ranges(config: Config, given: set[str]) -> None:
             raise Problem(f"{name} {value}: must be a finite number", 2)
         if value is None:
             continue
+        if name != "--resume" and "" in (value if isinstance(value, list) else [value]):  # a shell's empty variable
+            raise Problem(f"{name}: must not be empty", 2)
         if isinstance(value, int) and value > 10**9:
             raise Problem(f"{name}: must be at most 1,000,000,000", 2)
         if "choices" in rules and value not in rules["choices"]:
@@ -2436,6 +2466,12 @@ def check_ranges(config: Config, given: set[str]) -> None:
         raise Problem(f"{flag_name(idle[0])} has no meaning with --checkpoint", 2)
 
 
+def stop_now(number: int, _: Any) -> None:
+    """Have SIGTERM end the program as Ctrl-C does; in training both wait for the batch, see `StopRequests`."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     rank, world_size = torchrun_group()
@@ -2452,6 +2488,8 @@ def main(argv: list[str] | None = None) -> int:
         if world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
             raise Problem("WORLD_SIZE is set, but not by torchrun: start with it, or unset WORLD_SIZE", 2)
         keep_freed_memory()
+        if world_size == 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop_now)
         if rank > 0 and (config.summary or config.checkpoint):
             return 0
         if config.tensorboard:
@@ -2484,9 +2522,8 @@ def main(argv: list[str] | None = None) -> int:
         message, code = str(problem), problem.exit_code
     except KeyboardInterrupt as stop:
         show_progress("")
-        if config.checkpoint or config.summary:
-            return 130
-        print(f"stopped; finished epochs are kept. To go on:\n  {command_to_go_on(config, given)}", flush=True)
+        if not (config.checkpoint or config.summary):
+            print(f"stopped; finished epochs are kept. To go on:\n  {command_to_go_on(config, given)}", flush=True)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

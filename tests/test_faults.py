@@ -117,7 +117,23 @@ def failing(function: str, number: int):
         yield
 
 
+@contextlib.contextmanager
+def read_only():
+    """A file system that has been made read-only: it even refuses to remove what is not there."""
+    ordinary = open
+
+    def refuse(file: object, mode: str = "r", *rest: object, **options: object) -> object:
+        if "w" in mode:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), file)
+        return ordinary(file, mode, *rest, **options)
+
+    with failing("unlink", errno.EROFS), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.open", refuse)
+        yield
+
+
 WRITE_FAULTS = {
+    "read-only": read_only,
     "full in the middle": lambda: size_limit(5000),
     "full at the end": lambda: failing("fsync", errno.ENOSPC),
     "cannot be replaced": lambda: failing("replace", errno.EACCES),
@@ -897,6 +913,13 @@ def test_a_wrong_flag_is_named_and_starts_nothing(flags, fails, tmp_path, monkey
     assert not list(tmp_path.rglob("*.pt"))
 
 
+@pytest.mark.parametrize("flag", ["--checkpoint", "--image", "--image-dir", "--data-dir", "--output-dir", "--dataset"])
+def test_an_empty_variable_of_the_shell_is_not_taken_for_no_flag(flag, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"{flag}: must not be empty" in fails(*RUN, flag, "", code=2)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 def test_a_wrong_flag_ends_the_process_with_code_2_and_one_line(tmp_path):
     result = run("--lr", "-1", cwd=tmp_path, small=False)
     assert result.returncode == 2
@@ -913,3 +936,46 @@ def test_a_milestone_past_the_last_epoch_is_a_note_and_no_error(tiny, tmp_path, 
 
 def test_a_validation_size_that_leaves_a_single_image_is_enough(tiny, tmp_path):
     assert tiny.main([*RUN, "--val-size", "67", "--output-dir", str(tmp_path / "run")]) == 0
+
+
+def test_the_command_that_uses_the_network_names_the_script_as_it_was_called(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["../some where/cifar_krizhevsky.py"])
+    assert tiny.main([*RUN, "--output-dir", str(tmp_path / "run")]) == 0
+    best = tmp_path / "run" / "best.pt"
+    assert (
+        f"use it: python '../some where/cifar_krizhevsky.py' --checkpoint {best} --image FILE"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_running_out_of_memory_is_one_clear_line_and_the_finished_epochs_stay(tmp_path):
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import cifar_krizhevsky
+cifar_krizhevsky.SYNTHETIC_COUNTS = (600, 10)
+train_step = cifar_krizhevsky.train_step
+def with_little_memory(*arguments):
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, resource.RLIM_INFINITY))
+    return train_step(*arguments)
+cifar_krizhevsky.train_step = with_little_memory
+sys.exit(cifar_krizhevsky.main(sys.argv[1:]))
+"""
+    flags = [
+        "--dataset",
+        "synthetic",
+        "--model",
+        "alexnet",
+        "--val-size",
+        "10",
+        "--batch-size",
+        "512",
+        "--compile",
+        "off",
+    ]
+    command = [sys.executable, "-c", program, *flags, "--epochs", "1", "--output-dir", "run"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "out of memory: a lower --batch-size needs less" in one_line_error(result)
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 0

@@ -636,7 +636,7 @@ def test_a_reader_that_leaves_early_is_told_nothing_about_going_on(checkpoint, a
     assert process.wait() == 1
 
 
-@pytest.mark.parametrize("side", [10_000, 60_000])
+@pytest.mark.parametrize("side", [14_000, 60_000])
 def test_an_absurdly_large_picture_is_named_and_the_others_go_on(side, checkpoint, album, call):
     large = album / "large.png"
     large.write_bytes(png_of(side, side))

@@ -67,6 +67,12 @@ def work(arguments: list[str]) -> None:
             print(path.name, file=file)
         write_atomically(path, content)
 
+    def recorded_download(*_):
+        with open(f"downloads-{number}", "a") as file:
+            print("one", file=file)
+        raise cifar_krizhevsky.Problem("no network")
+
+    cifar_krizhevsky.download = recorded_download
     write_atomically = cifar_krizhevsky.write_atomically
     cifar_krizhevsky.train_step, cifar_krizhevsky.write_atomically = recorded, recorded_write
     code = cifar_krizhevsky.main(arguments)
@@ -427,6 +433,13 @@ def test_a_folder_that_holds_a_run_already_is_told_once(one, tmp_path):
     assert (tmp_path / "run" / "last.pt").read_bytes() == (one / "run" / "last.pt").read_bytes()
 
 
+def test_only_the_first_process_downloads_and_its_failure_is_told_once(tmp_path):
+    result = torchrun("--epochs", 1, "--no-test", "--output-dir", "run", cwd=tmp_path)
+    assert errors(result) == ["error: no network"]
+    assert [path.name for path in tmp_path.glob("downloads-*")] == ["downloads-0"]
+    assert (tmp_path / "downloads-0").read_text() == "one\n"
+
+
 def test_what_goes_wrong_in_another_process_alone_is_told_too(tmp_path):
     result = together(2, *RUN, "--output-dir", "run", cwd=tmp_path, blow="problem 1 6")
     assert result.returncode == 1
@@ -448,7 +461,10 @@ def test_seeds_are_spread_over_the_processes_and_give_what_they_give_in_one(tmp_
         result = together(count, *command, cwd=cwd)
         assert result.returncode == 0, result.stderr
         seeds = [json.loads((cwd / "run" / f"seed{i}" / "summary.json").read_text()) for i in range(3)]
-        written[count] = [summary["test_loss"] for summary in seeds], result.stdout[0].split("\n3 seeds,")[1]
+        written[count] = (
+            [summary["test_loss"] for summary in seeds],
+            result.stdout[0].split("\n3 seeds of synthetic,")[1],
+        )
         assert result.stdout[1:] == [""] * (count - 1)
     assert written[1] == written[2]
     assert "± " in written[2][1]

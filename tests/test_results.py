@@ -234,6 +234,12 @@ def test_the_speeds_in_the_readme_are_those_of_the_benchmark():
         assert row["start-up"] == f"{median(name, 'start_up_seconds'):.1f} s"
     ratios = sorted(a["images_per_second"] / b["images_per_second"] for a, b in zip(raw["default"], raw["listed"]))
     assert f"to the listed script, are {ratios[0]:.1f} to {ratios[-1]:.1f}. " in readme
+    allocator, no_norm = (
+        median("default", "images_per_second") / median(name, "images_per_second")
+        for name in ("listed-allocator", "no-norm")
+    )
+    assert f"with our allocator setting it is {allocator:.1f} times as fast. " in readme
+    assert f"LRN takes {100 * (1 - no_norm):.0f} % of its step" in readme
     cold = f"with an empty compile cache it takes {median('cold', 'start_up_seconds'):.1f} s"
     assert cold in readme
 

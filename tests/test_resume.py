@@ -30,7 +30,7 @@ COUNTS = (68, 10)
 EPOCH_1, EPOCH_2, EPOCH_3 = 2, 3, 4  # the how-manieth write of last.pt that is; the first comes before the training
 
 # what two equal runs do not share: times, and what a resumed run may change
-UNEQUAL = {"images_per_second", "seconds", "training_seconds", "command", "resume", "output_dir", "overwrite"}
+UNEQUAL = {"images_per_second", "seconds", "training_seconds", "command", "output_dir"}
 
 
 def contents(value: object) -> object:
@@ -255,7 +255,7 @@ def test_the_seeds_go_on_where_they_were_killed(tmp_path):
     for seed in ("seed0", "seed1"):
         assert differences(tmp_path / "run" / seed, tmp_path / "whole" / seed) == []
     assert (tmp_path / "run" / "seed0" / "last.pt").stat().st_mtime_ns == first_written
-    assert resumed.stdout.split("2 seeds,")[1] == uninterrupted.stdout.split("2 seeds,")[1]
+    assert resumed.stdout.split("2 seeds of synthetic,")[1] == uninterrupted.stdout.split("2 seeds of synthetic,")[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,7 +286,10 @@ def test_ctrl_c_stops_a_run_that_the_printed_command_goes_on_with(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize(("moment", "count", "epochs"), [("step", 2, 0), ("step", 6, 1), ("after last.pt", 3, 2)])
+@pytest.mark.parametrize(
+    ("moment", "count", "epochs"),
+    [("step", 2, 0), ("step", 6, 1), ("after last.pt", 3, 2), ("before summary.json", 1, 3)],
+)
 def test_a_stopped_run_keeps_the_finished_epochs_and_loses_nothing(
     number, code, moment, count, epochs, whole, tmp_path
 ):
