@@ -646,6 +646,14 @@ def memory_layout(device: torch.device | str) -> torch.memory_format:
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder, and those above it, if it is not there; raises Problem if it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"{flag} {folder}: cannot make this folder ({error.strerror}), choose another") from None
+
+
 def derive_seed(*keys: int) -> int:
     """A seed hashed from non-negative whole numbers, so that (1, 2) and (2, 1) have nothing in common."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -1548,14 +1556,6 @@ def describe_hardware(device: torch.device, precision: str, fused: bool) -> dict
 RUN_FORMAT, MODEL_FORMAT = "cifar_krizhevsky run 1", "cifar_krizhevsky model 1"
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "summary.json")
 PICTURES = ("curves.png", "predictions.png", "confusion.png", "filters.png")
-
-
-def make_folder(folder: Path, flag: str) -> None:
-    """Make a folder, and those above it, if it is not there; raises Problem if it cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Problem(f"{flag} {folder}: cannot make this folder ({error.strerror}), choose another") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

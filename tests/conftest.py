@@ -12,7 +12,7 @@ import pytest
 VISIBLE_GPUS = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# Tests that run side by side (pytest -n) share the processors, each of which PyTorch would have every one of them use.
+# Tests that run side by side (pytest -n) share the processors; PyTorch would use all of them in each.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 

@@ -941,11 +941,8 @@ def test_a_validation_size_that_leaves_a_single_image_is_enough(tiny, tmp_path):
 def test_the_command_that_uses_the_network_names_the_script_as_it_was_called(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["../some where/cifar_krizhevsky.py"])
     assert tiny.main([*RUN, "--output-dir", str(tmp_path / "run")]) == 0
-    best = tmp_path / "run" / "best.pt"
-    assert (
-        f"use it: python '../some where/cifar_krizhevsky.py' --checkpoint {best} --image FILE"
-        in capsys.readouterr().out
-    )
+    best, out = tmp_path / "run" / "best.pt", capsys.readouterr().out
+    assert f"use it: python '../some where/cifar_krizhevsky.py' --checkpoint {best} --image FILE" in out
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
@@ -963,19 +960,8 @@ def with_little_memory(*arguments):
 cifar_krizhevsky.train_step = with_little_memory
 sys.exit(cifar_krizhevsky.main(sys.argv[1:]))
 """
-    flags = [
-        "--dataset",
-        "synthetic",
-        "--model",
-        "alexnet",
-        "--val-size",
-        "10",
-        "--batch-size",
-        "512",
-        "--compile",
-        "off",
-    ]
-    command = [sys.executable, "-c", program, *flags, "--epochs", "1", "--output-dir", "run"]
+    flags = "--dataset synthetic --model alexnet --val-size 10 --batch-size 512 --compile off --epochs 1"
+    command = [sys.executable, "-c", program, *flags.split(), "--output-dir", "run"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert "out of memory: a lower --batch-size needs less" in one_line_error(result)
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 0

@@ -461,10 +461,8 @@ def test_seeds_are_spread_over_the_processes_and_give_what_they_give_in_one(tmp_
         result = together(count, *command, cwd=cwd)
         assert result.returncode == 0, result.stderr
         seeds = [json.loads((cwd / "run" / f"seed{i}" / "summary.json").read_text()) for i in range(3)]
-        written[count] = (
-            [summary["test_loss"] for summary in seeds],
-            result.stdout[0].split("\n3 seeds of synthetic,")[1],
-        )
+        told = result.stdout[0].split("\n3 seeds of synthetic,")[1]
+        written[count] = [summary["test_loss"] for summary in seeds], told
         assert result.stdout[1:] == [""] * (count - 1)
     assert written[1] == written[2]
     assert "± " in written[2][1]
