@@ -840,9 +840,16 @@ def read_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
         return Dataset(*train, *test, classes, *channel_statistics(train[0]))
     from torchvision import datasets  # takes as long to import as PyTorch does: only where it is needed
 
-    fetch_dataset(name, Path(data_dir))
     reader, _, mean, std = SOURCES[name]
-    parts = [getattr(datasets, reader)(data_dir, train=is_train) for is_train in (True, False)]
+
+    def read() -> list[Any]:
+        return [getattr(datasets, reader)(data_dir, train=is_train) for is_train in (True, False)]
+
+    try:
+        parts = read()
+    except RuntimeError:  # a file is missing or has another MD5 sum
+        fetch_dataset(name, Path(data_dir))
+        parts = read()
     tensors = [(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
     return Dataset(*tensors[0], *tensors[1], parts[0].classes, mean, std)
 
