@@ -22,17 +22,22 @@ Use the result:
     python cifar_krizhevsky.py --checkpoint runs/cifar10-krizhevsky-seed0/best.pt --image photo.jpg
     python cifar_krizhevsky.py --checkpoint runs/cifar10-krizhevsky-seed0/best.pt --evaluate
 
-What 200 epochs gave on two cores of an AMD EPYC (bf16, PyTorch 2.15.0, n = 1), as test error on one view and on ten:
+What 200 epochs gave on two cores of an AMD EPYC, busy with other work too (bf16, PyTorch 2.15.0, n = 1), as test error
+on one view and on ten:
 
-    CIFAR-10, as it is                                  12.09 %   10.59 %   151 minutes, beside other work
-    CIFAR-10, with the README's best hyperparameters     9.94 %    8.99 %   106 minutes, beside other work
-    CIFAR-100, as it is                                 41.38 %   38.87 %   260 minutes, beside other work
-    CIFAR-100, with the README's best hyperparameters   34.91 %   33.04 %   105 minutes, beside other work
+    CIFAR-10, as it is                                  12.09 %   10.59 %   151 minutes
+    CIFAR-10, with the README's best hyperparameters     9.94 %    8.99 %   106 minutes
+    CIFAR-100, as it is                                 41.38 %   38.87 %   260 minutes
+    CIFAR-100, with the README's best hyperparameters   34.91 %   33.04 %   105 minutes
 
 Every hyperparameter is one entry of `Config` below. For a new run, editing it there and passing the flag are the same.
 5,000 training images are held out (class-balanced, always the same ones); the epoch is chosen by them, and the test
 set is evaluated after training only: no choice depends on it. `get_cifar_data_loaders`, `train_one_epoch`, the
 networks and the normalisation work in other people's code too: importing this file does nothing.
+
+In this order: Config, network, kernels, small helpers, data, training, evaluation, hardware, checkpoints, pictures, use
+of a trained network, runs, command line. `KrizhevskyNet`, `CifarLoader`, `train_step` and `train` are the heart of it;
+the kernels only make it faster.
 
 Sources
   LRN and the multi-view test: cuda-convnet (https://code.google.com/archive/p/cuda-convnet) and section 3.3 of
@@ -108,7 +113,7 @@ class Config:
     val_size: int = flag(5000, "training images held out for validation; 0: train on all, keep the last epoch", least=0)
     inputs: str = flag(
         "standardized",
-        "standardized: (x - mean) / std; 0-255: x - mean only, as in cuda-convnet",
+        "standardized: (x - mean) / std; 0-255: x - mean, for the scale that cuda-convnet has",
         choices=("standardized", "0-255"),
     )
 
@@ -293,7 +298,7 @@ class KrizhevskyNet(nn.Module):
         return self.fc3(x)
 
 
-TinyImageNet = KrizhevskyNet  # another name that it goes by; Tiny ImageNet itself is another data set
+TinyImageNet = KrizhevskyNet  # its name in the first design; Tiny ImageNet itself is another data set
 
 
 class FiveConvNet(nn.Module):
@@ -577,7 +582,7 @@ class _LRNFunction(torch.autograd.Function):
 
 
 def _pool_output(size: tuple[int, int], x: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = ((n - 1) // 2 * 2 - 1 for n in size)
+    rows, columns = ((n - 1) // 2 * 2 - 1 for n in size)  # from the first window's corner to the last one's
     best, place = x.new_full((), -math.inf), x.new_zeros(())
     for i, j in itertools.product(range(3), range(3)):
         values = x[:, i : i + rows : 2, j : j + columns : 2]
@@ -590,7 +595,7 @@ def _pool_gradient(size: tuple[int, int], grad: Tensor, place: Tensor) -> Tensor
     total, wide = 0, torch.promote_types(grad.dtype, torch.float32)
     y, x = torch.arange(size[0], device=grad.device)[:, None], torch.arange(size[1], device=grad.device)
     for up, left in itertools.product(range(2), range(2)):  # an input is in at most 2 x 2 windows
-        i, j = y // 2 - up, x // 2 - left
+        i, j = y // 2 - up, x // 2 - left  # one of them, whose corner is at (2 i, 2 j)
         exists = (i >= 0) & (i < grad.size(1)) & (j >= 0) & (j < grad.size(2))
         here = torch.where(exists, 4 * (y - 2 * i) + x - 2 * j, -1)[:, :, None]
         window = (slice(None), i.clamp(0, grad.size(1) - 1), j.clamp(0, grad.size(2) - 1))
@@ -1684,7 +1689,7 @@ def describe_data(loader: CifarLoader) -> dict[str, Any]:
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
     """Put a run where a last.pt was."""
-    if saved.get("data", describe_data(run.train_loader)) != describe_data(run.train_loader):
+    if saved["data"] != describe_data(run.train_loader):
         raise Problem(f"{run.config.dataset} holds other images or classes now than when the run was started")
     run.model.load_state_dict(saved["model"])
     lr = saved["optimizer"]["param_groups"][0]["lr"]
@@ -2172,12 +2177,17 @@ def print_run(run: Run) -> None:
         f"{'compiled' if run.hardware['compiled'] else 'eager'}, PyTorch {torch.__version__}\n"
         f"folder    {run.folder}"
     )
+    if config.val_size > count:
+        print(f"note: only {count:,} images are trained on, {config.val_size:,} are held out: see --val-size")
     if config.milestones and max(config.milestones) >= config.epochs:
         print(f"note: milestone {max(config.milestones)} is not reached within {config.epochs} epochs")
 
 
 def test(run: Run) -> dict[str, Any]:
-    """Evaluate the best and the last epoch, this once, on the test set; write summary.json and the pictures."""
+    """Evaluate the best and the last epoch, this once, on the test set; write summary.json and the pictures.
+
+    With `no_test` the pictures show validation images (without any, training images), and no error is measured.
+    """
     import torchvision
 
     config, best_row = run.config, run.history[run.best_epoch - 1]
@@ -2228,20 +2238,20 @@ def test(run: Run) -> dict[str, Any]:
 def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
     """One run, from its first epoch or the last finished one to the test error. Returns what summary.json holds."""
     folder, resumes = Path(config.output_dir), config.resume is not None
-    last_file = Path(config.resume or folder / "last.pt")
+    last_file, before = Path(config.resume or folder / "last.pt"), {}
     # of several processes, those that are not the first wait here until it holds the folder
     saved = same_for_all(lambda: load_checkpoint(last_file, RUN_FORMAT) if resumes and last_file.exists() else None)
     if saved:
         with reading_checkpoint(last_file):
             config = agree_with_checkpoint(config, given, saved_config(saved), saved["epoch"], last_file)
-            before = {key: saved["hardware"][key] for key in HARDWARE if key != "processes" or key in saved["hardware"]}
+            before = {key: saved["hardware"][key] for key in HARDWARE}
         done = read_summary(folder) if config.seeds else None
         if done and done.get("epochs") == config.epochs == saved["epoch"] and (config.no_test or "test_error" in done):
             print(f"{folder} is finished: taking its figures")
             return done
     elif resumes:
         print(f"note: nothing to resume in {folder}, starting from the first epoch")
-    run = prepare(config, before if saved else {})
+    run = prepare(config, before)
     print_run(run)
     if saved:
         with reading_checkpoint(last_file):
@@ -2256,7 +2266,7 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
         old = [folder / name for name in ("best.pt", "summary.json", *PICTURES)]
         for path in (*old, *folder.glob("events.out.tfevents.*")):
             path.unlink(missing_ok=True)
-    config.overwrite = False  # done: if this run is stopped from now on, it goes on with --resume
+    config.overwrite = False  # done: if the run is stopped from now on, `main` tells from this to go on with --resume
     if config.tensorboard and training_group()[0] == 0:
         open_tensorboard(run)
     train(run)

@@ -934,8 +934,10 @@ def test_a_milestone_past_the_last_epoch_is_a_note_and_no_error(tiny, tmp_path, 
     assert "note: milestone 50 is not reached within 2 epochs" in out
 
 
-def test_a_validation_size_that_leaves_a_single_image_is_enough(tiny, tmp_path):
-    assert tiny.main([*RUN, "--val-size", "67", "--output-dir", str(tmp_path / "run")]) == 0
+@pytest.mark.parametrize(("val_size", "note"), [(34, ""), (67, "note: only 1 images are trained on, 67 are held out")])
+def test_more_images_held_out_than_trained_on_are_a_note_and_no_error(tiny, tmp_path, capsys, val_size, note):
+    assert tiny.main([*RUN, "--val-size", str(val_size), "--output-dir", str(tmp_path / "run")]) == 0
+    assert re.findall("note: only .*?out", capsys.readouterr().out) == [note] * bool(note)
 
 
 def test_the_command_that_uses_the_network_names_the_script_as_it_was_called(tiny, tmp_path, capsys, monkeypatch):
