@@ -188,7 +188,7 @@ class Config:
     )
     evaluate: bool = flag(False, "test --checkpoint again, and draw its pictures again", free=True)
     image: list[str] | None = flag(
-        None, "classify a picture with --checkpoint; several may follow", metavar="FILE", free=True
+        None, "classify a picture with --checkpoint; several may follow", metavar="FILE", action="extend", free=True
     )
     image_dir: str | None = flag(None, "classify all pictures in this folder and below", metavar="DIR", free=True)
     show_all_probs: bool = flag(False, "with pictures: the probability of every class, not the top 3", free=True)
@@ -690,6 +690,8 @@ def training_group() -> tuple[int, int]:
 def train_together(config: Config) -> None:
     """Join the processes that torchrun has started; from now on `training_group` counts them."""
     device = choose_device(config.device)
+    if device.type == "mps" or (":" in config.device and os.environ.get("LOCAL_WORLD_SIZE") != "1"):
+        raise Problem(f"--device {device}: under torchrun use --device cuda, a GPU for each process, or cpu", 2)
     backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     distributed.init_process_group(backend, timeout=timedelta(hours=12), device_id=own_gpu)
 
@@ -974,11 +976,14 @@ def fetch_dataset(name: str, data_dir: Path) -> None:
             download(reader.filename, reader.tgz_md5, archive_bytes, data_dir)
         for leftover in data_dir.glob(".extracting-*"):  # of a process that was killed meanwhile
             shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".extracting-") as scratch:
-            datasets.utils.extract_archive(str(archive), scratch)
-            folder.mkdir(exist_ok=True)
-            for file in files:
-                os.replace(Path(scratch) / reader.base_folder / file, folder / file)
+        try:
+            with tempfile.TemporaryDirectory(dir=data_dir, prefix=".extracting-") as scratch:
+                datasets.utils.extract_archive(str(archive), scratch)
+                folder.mkdir(exist_ok=True)
+                for file in files:
+                    os.replace(Path(scratch) / reader.base_folder / file, folder / file)
+        except OSError as error:
+            raise Problem(f"cannot extract {archive} to {folder}: {error.strerror or error}") from None
     if wrong():
         raise Problem(f"{archive} holds other files than the official ones: delete it and run again")
 
@@ -1409,7 +1414,7 @@ def wilson_interval(errors_percent: float, count: int) -> tuple[float, float]:
     z, p = 1.959964, errors_percent / 100
     centre = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return 100 * (centre - half), 100 * (centre + half)
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
 def test_figures(model: nn.Module, loader: CifarLoader, precision: str) -> tuple[dict[str, Any], Evaluation]:
@@ -1469,7 +1474,11 @@ def choose_device(name: str) -> torch.device:
             raise Problem(f"--device {name}: no memory is free there") from None
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         has = [*(f"cuda:{i}" for i in range(gpus)), *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
-        raise Problem(f"--device {name}: this machine has no such device, only {', '.join(has)}", 2) from None
+        if name in has or (name == "cuda" and gpus):
+            reason = str(error).splitlines()[0]
+            raise Problem(f"--device {name}: it is there and cannot be used ({reason}), try --device cpu", 2) from None
+        hint = ", which --nproc-per-node must not exceed" if "LOCAL_RANK" in os.environ else ""
+        raise Problem(f"--device {name}: this machine has no such device, only {', '.join(has)}{hint}", 2) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # so that fp32 is what it says
@@ -1630,8 +1639,10 @@ def reading_checkpoint(path: Path) -> Iterator[None]:
     """Turn whatever a strange checkpoint makes the reading code raise into one line that names the file."""
     try:
         yield
-    except Problem:
+    except (Problem, MemoryError, torch.OutOfMemoryError):
         raise
+    except OSError as error:
+        raise Problem(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         if "state_dict" in reason:
@@ -1657,6 +1668,10 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # PermissionError is what Windows says
             raise Problem(f"another process is writing to {folder}: wait, or choose another --output-dir") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            print(f"note: the file system of {folder} has no locks: do not start a second run there")
         yield
 
 
@@ -1762,6 +1777,8 @@ def agree_with_checkpoint(config: Config, given: set[str], saved: Config, epoch:
         merged.epochs = saved.epochs
     if "milestones" in given and drop_epochs(config) == drop_epochs(saved):
         merged.milestones = config.milestones
+    if "dataset" in given and not {config.dataset, saved.dataset} & {*SOURCES, "synthetic"}:
+        merged.dataset = config.dataset  # the folder may have moved; `restore` looks whether it holds the same
     if "compile" in given and saved.compile == "on":  # which may be impossible on this machine
         merged.compile = config.compile
     for name, then in asdict(merged).items():
@@ -2243,9 +2260,10 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
     saved = same_for_all(lambda: load_checkpoint(last_file, RUN_FORMAT) if resumes and last_file.exists() else None)
     if saved:
         with reading_checkpoint(last_file):
-            config = agree_with_checkpoint(config, given, saved_config(saved), saved["epoch"], last_file)
+            agreed, epoch = saved_config(saved), int(saved["epoch"])
             before = {key: saved["hardware"][key] for key in HARDWARE}
-        done = read_summary(folder) if config.seeds else None
+        config = agree_with_checkpoint(config, given, agreed, epoch, last_file)
+        done = read_summary(folder) if config.seeds or config.no_test else None
         if done and done.get("epochs") == config.epochs == saved["epoch"] and (config.no_test or "test_error" in done):
             print(f"{folder} is finished: taking its figures")
             return done
@@ -2262,10 +2280,11 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
         else:
             print(f"{last_file} is finished after {epochs} epochs: evaluating it")
     save_run(run, new_best=run.best_epoch > 0)  # so that a run killed in its first epoch can be resumed too
-    if config.overwrite and training_group()[0] == 0:  # only now, when last.pt and metrics.csv are those of the new run
-        old = [folder / name for name in ("best.pt", "summary.json", *PICTURES)]
-        for path in (*old, *folder.glob("events.out.tfevents.*")):
-            path.unlink(missing_ok=True)
+    old = [folder / "best.pt", *folder.glob("events.out.tfevents.*")] if config.overwrite else []
+    if (saved or config.overwrite) and len(run.history) < run.config.epochs:  # results are of a shorter training
+        old += [folder / name for name in ("summary.json", *PICTURES)]
+    for path in old if training_group()[0] == 0 else []:  # only now, when last.pt and metrics.csv are those of the run
+        path.unlink(missing_ok=True)
     config.overwrite = False  # done: if the run is stopped from now on, `main` tells from this to go on with --resume
     if config.tensorboard and training_group()[0] == 0:
         open_tensorboard(run)
@@ -2415,7 +2434,8 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
         help_text = rules["help"]
         if default is not None or "(default: " not in help_text:
             help_text += f" (default: {'none' if default is None else 'off' if default is False else default})"
-        settings: dict[str, Any] = {key: rules[key] for key in ("choices", "metavar", "nargs", "const") if key in rules}
+        argparses = ("choices", "metavar", "nargs", "const", "action")
+        settings: dict[str, Any] = {key: rules[key] for key in argparses if key in rules}
         if kind is bool:
             settings["action"] = "store_true"
         else:
@@ -2492,6 +2512,7 @@ def stop_now(number: int, _: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     rank, world_size = torchrun_group()
+    config, given, code = Config(), set(), 0
     try:
         sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
@@ -2523,7 +2544,7 @@ def main(argv: list[str] | None = None) -> int:
             if config.json:
                 print(json.dumps(figures, indent=1))
         elif config.checkpoint:
-            return classify_pictures(config)
+            code = classify_pictures(config)
         elif config.seeds:
             run_seeds(config)
         else:
@@ -2534,7 +2555,8 @@ def main(argv: list[str] | None = None) -> int:
             run_in_folder(config, given)
             if world_size > 1:
                 distributed.destroy_process_group()
-        return 0
+        sys.stdout.flush()  # here, so that a full disk or a closed pipe is told as below
+        return code
     except Problem as problem:
         message, code = str(problem), problem.exit_code
     except KeyboardInterrupt as stop:
@@ -2548,7 +2570,11 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         message, code = f"nobody reads the output any more. To go on: {command_to_go_on(config, given)}", 1
     except OSError as error:
-        message, code = f"{error.filename or 'system'}: {error.strerror or error}", 1
+        if not error.filename:  # it may be the output that cannot be written, and could not at the exit either
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        message, code = f"{error.filename or 'the output, or a file'}: {error.strerror or error}", 1
+    except ImportError as error:
+        message, code = f"{error}: python -m pip install -r requirements.txt", 1
     except (RuntimeError, MemoryError) as error:
         out_of_memory = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
         if out_of_memory or isinstance(error, (torch.OutOfMemoryError, MemoryError)):

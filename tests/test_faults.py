@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import socket
@@ -334,6 +335,92 @@ def test_overwrite_that_cannot_write_leaves_the_old_run_whole(fails, trained, tm
     with size_limit(100):
         fails(*RUN, "--overwrite", "--output-dir", tmp_path / "run", code=1)
     assert files_in(tmp_path / "run") == before
+
+
+def test_results_of_a_shorter_training_do_not_stay_beside_the_checkpoints_of_a_longer_one(tiny, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "curves.png").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "train", lambda run: 1 / 0)
+        for flags in ((), ("--epochs", "3", "--milestones", "1", "2")):
+            assert (tmp_path / "run" / "summary.json").exists()
+            with contextlib.suppress(ZeroDivisionError):
+                tiny.main(["--resume", str(tmp_path / "run"), *flags])
+    assert {path.name for path in (tmp_path / "run").glob("*.*")} == {"best.pt", "last.pt", "metrics.csv", ".lock"}
+
+
+def test_figures_of_the_test_stay_if_a_finished_run_is_resumed_with_no_test(tiny, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    before = files_in(tmp_path / "run")
+    assert tiny.main(["--resume", str(tmp_path / "run"), "--no-test"]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert files_in(tmp_path / "run") == before
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(fails, trained, picture, monkeypatch):
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("zipfile.ZipFile", denied)
+    for arguments in (("--resume", trained), ("--checkpoint", trained / "best.pt", "--image", picture)):
+        message = fails(*arguments, code=1)
+        assert ".pt: Permission denied" in message and "damaged" not in message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("buffering", [1, -1])
+@pytest.mark.parametrize("use", ["resume", "image"])
+def test_output_that_cannot_be_written_is_one_line_and_loses_nothing(
+    buffering, use, fails, trained, picture, tmp_path, monkeypatch
+):
+    shutil.copytree(trained, tmp_path / "run")
+    looks = ("--checkpoint", trained / "best.pt", "--image", picture)
+    flags = ("--resume", tmp_path / "run") if use == "resume" else looks
+    with contextlib.suppress(OSError), open("/dev/full", "w", buffering=buffering) as full:  # closing it fails
+        monkeypatch.setattr(sys, "stdout", full)
+        message = fails(*flags, code=1)
+    assert "output" in message and os.strerror(errno.ENOSPC) in message
+    assert {*files_in(tmp_path / "run")} >= {"last.pt", "best.pt", "metrics.csv"}
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 2
+
+
+def test_a_gpu_that_is_there_and_cannot_be_used_is_told_with_the_reason(fails, tmp_path, monkeypatch):
+    def refuses(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available\nmore about it")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "zeros", refuses)
+    for flags in ((), ("--device", "cuda"), ("--device", "cuda:0")):
+        message = fails(*RUN, "--output-dir", tmp_path / "run", *flags, code=2)
+        assert "(CUDA error: no kernel image is available), try --device cpu" in message
+    assert "only cuda:0, cpu" in fails(*RUN, "--output-dir", tmp_path / "run", "--device", "cuda:1", code=2)
+
+
+@pytest.mark.parametrize(("flag", "device"), [("cuda:0", "cuda:0"), ("auto", "mps")])
+def test_torchrun_with_one_gpu_for_all_processes_is_refused(flag, device, tiny, fails, tmp_path, monkeypatch):
+    group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}
+    for name, value in group.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(tiny, "choose_device", lambda _: torch.device(device))
+    message = fails(*RUN, "--device", flag, "--output-dir", tmp_path / "run", code=2)
+    assert f"--device {device}: under torchrun use --device cuda" in message
+
+
+def test_a_process_of_torchrun_without_a_gpu_of_its_own_is_told_of_the_flag(fails, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "--nproc-per-node" in fails(*RUN, "--device", "cuda:1", "--output-dir", tmp_path / "run", code=2)
+
+
+def test_a_file_system_without_locks_is_a_note_and_no_error(tiny, tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    assert tiny.main([*RUN, "--output-dir", str(tmp_path / "run")]) == 0
+    assert f"note: the file system of {tmp_path / 'run'} has no locks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("summary", ["{}", "[1]", '{"epochs": "x"}', "half a fi"])
@@ -811,6 +898,19 @@ def test_an_extraction_that_was_interrupted_is_completed(ck, fake, server, data,
     use_mirrors(ck, server, monkeypatch, "refuses")
     assert load(ck, data) == 40
     assert_all_there(fake, data)
+
+
+def test_an_archive_that_cannot_be_extracted_is_named(ck, fake, data, fails, monkeypatch):
+    data.mkdir()
+    (data / "fake.tar.gz").write_bytes(fake.archive)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "extract_archive", full)
+    message = fails("--data-dir", data, "--output-dir", data.parent / "run", "--val-size", 10, code=1)
+    assert f"cannot extract {data / 'fake.tar.gz'} to {data / 'fake-batches'}: No space left on device" in message
+    assert [path.name for path in data.iterdir() if path.suffix] == ["fake.tar.gz"]
 
 
 def test_a_truncated_archive_is_downloaded_again(ck, fake, data, capsys):

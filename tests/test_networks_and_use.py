@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shlex
+import shutil
 import signal
 import struct
 import sys
@@ -591,6 +592,7 @@ def test_pictures_come_in_the_order_of_the_flags_and_those_of_a_folder_sorted(ch
     single = ["c.PNG", "a/y.jpg"]
     out, _ = call("--checkpoint", checkpoint, "--image", *single, "--json")
     assert [guess["file"] for guess in json.loads(out)] == single
+    assert call("--checkpoint", checkpoint, "--image", single[0], "--image", single[1], "--json")[0] == out
     in_folder = ["a/b/c.png", "a/y.jpg", "a/z.png", "b.png", "c.PNG"]
     out, _ = call("--checkpoint", checkpoint, "--image-dir", ".", "--json")
     assert [guess["file"] for guess in json.loads(out)] == in_folder
@@ -748,6 +750,19 @@ def test_a_run_on_a_folder_resumes_after_a_kill_with_the_bits_of_a_run_in_peace(
     assert train(*arguments, "--output-dir", "run", cwd=tmp_path, blow=blow).returncode == -signal.SIGKILL
     assert train(*arguments, "--output-dir", "run", "--resume", cwd=tmp_path).returncode == 0
     assert differences(tmp_path / "run", tmp_path / "whole") == []
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_run_on_a_folder_that_has_moved_goes_on_if_it_holds_the_same(own, same, call, tmp_path):
+    shutil.copytree(own.folder, tmp_path / "run")
+    moved = shutil.copytree(own.folder.parent.parent / "my pictures", tmp_path / "moved")
+    arguments = ("--resume", tmp_path / "run", "--dataset", f"{moved}/")
+    if same:
+        call(*arguments)
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["dataset"] == f"{moved}/"
+    else:
+        next((moved / "train").rglob("*.png")).unlink()
+        assert "other images" in call(*arguments, code=1)[1]
 
 
 @pytest.mark.parametrize("spelling", ["{0}", "{0}/", "{0}/../{1}", "../{2}/{1}", "./{1}", "{1}/train/.."])

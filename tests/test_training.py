@@ -260,10 +260,14 @@ def test_evaluation_trains_nothing_and_drops_nothing_out(ck, loader):
         (50, 100, 40.383153, 59.616847),
         (0, 10, 0, 27.753279),
         (5, 5, 56.551751, 100),
+        (0, 20, 0, 16.112515),
+        (20, 20, 83.887485, 100),
     ],
 )
 def test_wilson_interval_has_the_known_values(ck, errors, count, low, high):
-    assert ck.wilson_interval(100 * errors / count, count) == pytest.approx((low, high), abs=1e-4)
+    interval = ck.wilson_interval(100 * errors / count, count)
+    assert interval == pytest.approx((low, high), abs=1e-4)
+    assert 0 <= interval[0] < interval[1] <= 100
 
 
 def test_the_ends_of_wilsons_interval_are_the_rates_that_the_measured_one_just_does_not_contradict(ck):
