@@ -77,10 +77,11 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
@@ -193,6 +194,12 @@ class Config:
     image_dir: str | None = flag(None, "classify all pictures in this folder and below", metavar="DIR", free=True)
     show_all_probs: bool = flag(False, "with pictures: the probability of every class, not the top 3", free=True)
     json: bool = flag(False, "with --checkpoint or --summary: print JSON, not a table", free=True)
+
+
+def types_of(option: Field) -> set[type]:
+    """The types that a field of `Config` may have, and for a list those of its items."""
+    parts = get_args(option.type) if isinstance(option.type, UnionType) else (option.type,)
+    return {kind for part in parts for kind in (get_origin(part) or part, *get_args(part))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1748,13 +1755,12 @@ def saved_config(checkpoint: dict[str, Any]) -> Config:
         raise ValueError("no configuration")
     config = Config(**checkpoint["config"])
     for option in fields(Config):
-        value, declared = getattr(config, option.name), str(option.type).replace("float", "float int")
-        values = value if isinstance(value, list) else [value]
-        kinds = {type(v).__name__ for v in values} | ({"list"} if isinstance(value, list) else set())
-        if not kinds <= {*re.findall(r"\w+", declared), *(["NoneType"] if "None" in declared else [])}:
+        value, allowed = getattr(config, option.name), types_of(option)
+        found = {type(v) for v in (value, *(value if isinstance(value, list) else []))}
+        if not found <= allowed | ({int} if float in allowed else set()):
             raise ValueError(f"{option.name} is {value!r}")
     try:
-        check_ranges(config, set())
+        check_config(config, set())
     except Problem as problem:
         raise ValueError(problem) from None
     return config
@@ -2430,7 +2436,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
     group: Any = parser
     for option in fields(Config):
         rules, default = option.metadata, option.metadata["default"]
-        kind = next(k for k in (bool, int, float, str) if re.search(rf"\b{k.__name__}\b", str(option.type)))
+        kind = next(kind for kind in (bool, int, float, str) if kind in types_of(option))
         help_text = rules["help"]
         if default is not None or "(default: " not in help_text:
             help_text += f" (default: {'none' if default is None else 'off' if default is False else default})"
@@ -2440,14 +2446,14 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
             settings["action"] = "store_true"
         else:
             settings = {"type": kind, "metavar": {int: "N", float: "X", str: None}[kind], **settings}
-        if "list" in str(option.type):
+        if list in types_of(option):
             settings["nargs"] = "+"
         group = parser.add_argument_group(rules["group"]) if "group" in rules else group
         group.add_argument(flag_name(option.name), help=help_text, **settings)
     hyphenated = [re.sub("^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in argv]
     given = vars(parser.parse_args(hyphenated))
     config = Config(**given)
-    check_ranges(config, set(given))
+    check_config(config, set(given))
     if config.model not in MODELS_WITH_LRN:
         config.norm = "none"
     return config, set(given)
@@ -2458,7 +2464,7 @@ PREDICTS = ("image", "image_dir", "show_all_probs")
 EVALUATES = ("evaluate", "dataset", "data_dir", "compile", "output_dir", "show")
 
 
-def check_ranges(config: Config, given: set[str]) -> None:
+def check_config(config: Config, given: set[str]) -> None:
     """Raises Problem for a value outside its range or choices, and for flags that exclude each other."""
     for option in fields(Config):
         value, rules = getattr(config, option.name), option.metadata
