@@ -240,6 +240,7 @@ def test_the_speeds_in_the_readme_are_those_of_the_benchmark():
     )
     assert f"with our allocator setting it is {allocator:.1f} times as fast. " in readme
     assert f"LRN takes {100 * (1 - no_norm):.0f} % of its step" in readme
+    assert f"`--norm none` is no worse, and {1 / no_norm:.1f} times as fast" in readme
     cold = f"with an empty compile cache it takes {median('cold', 'start_up_seconds'):.1f} s"
     assert cold in readme
 
