@@ -2,7 +2,7 @@
 
     python tests/stress.py --kills 50
 
-Not part of the ordinary tests: it takes some ten minutes. A run is made in peace; others like it are ended by SIGKILL
+Not part of the ordinary tests: it takes some minutes. A run is made in peace; others like it are ended by SIGKILL
 again and again and continued by `--resume`, until there were enough kills; then their checkpoints, tables and summaries
 must hold the same bits. Every third kill waits for a save and strikes within it.
 """
