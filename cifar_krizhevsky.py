@@ -2266,11 +2266,11 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
     saved = same_for_all(lambda: load_checkpoint(last_file, RUN_FORMAT) if resumes and last_file.exists() else None)
     if saved:
         with reading_checkpoint(last_file):
-            agreed, epoch = saved_config(saved), int(saved["epoch"])
+            then, epoch = saved_config(saved), int(saved["epoch"])
             before = {key: saved["hardware"][key] for key in HARDWARE}
-        config = agree_with_checkpoint(config, given, agreed, epoch, last_file)
+        config = agree_with_checkpoint(config, given, then, epoch, last_file)
         done = read_summary(folder) if config.seeds or config.no_test else None
-        if done and done.get("epochs") == config.epochs == saved["epoch"] and (config.no_test or "test_error" in done):
+        if done and done.get("epochs") == config.epochs == epoch and (config.no_test or "test_error" in done):
             print(f"{folder} is finished: taking its figures")
             return done
     elif resumes:
@@ -2287,7 +2287,7 @@ def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
             print(f"{last_file} is finished after {epochs} epochs: evaluating it")
     save_run(run, new_best=run.best_epoch > 0)  # so that a run killed in its first epoch can be resumed too
     old = [folder / "best.pt", *folder.glob("events.out.tfevents.*")] if config.overwrite else []
-    if (saved or config.overwrite) and len(run.history) < run.config.epochs:  # results are of a shorter training
+    if (saved or config.overwrite) and len(run.history) < run.config.epochs:  # its results are no longer true
         old += [folder / name for name in ("summary.json", *PICTURES)]
     for path in old if training_group()[0] == 0 else []:  # only now, when last.pt and metrics.csv are those of the run
         path.unlink(missing_ok=True)
@@ -2440,8 +2440,8 @@ def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
         help_text = rules["help"]
         if default is not None or "(default: " not in help_text:
             help_text += f" (default: {'none' if default is None else 'off' if default is False else default})"
-        argparses = ("choices", "metavar", "nargs", "const", "action")
-        settings: dict[str, Any] = {key: rules[key] for key in argparses if key in rules}
+        known = ("choices", "metavar", "nargs", "const", "action")  # to argparse
+        settings: dict[str, Any] = {key: rules[key] for key in known if key in rules}
         if kind is bool:
             settings["action"] = "store_true"
         else:
@@ -2515,6 +2515,11 @@ def stop_now(number: int, _: Any) -> None:
     raise KeyboardInterrupt(number)
 
 
+def print_no_more() -> None:
+    """From now on drop what is printed: by all but the first of several processes, or where it cannot be written."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     rank, world_size = torchrun_group()
@@ -2525,7 +2530,7 @@ def main(argv: list[str] | None = None) -> int:
             with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="replace")
         if rank > 0:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (one process prints)
+            print_no_more()
         config, given = parse_arguments(sys.argv[1:] if argv is None else argv)
         if config.resume and Path(config.resume).is_dir():
             config.resume = str(Path(config.resume, "last.pt"))
@@ -2571,13 +2576,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"stopped; finished epochs are kept. To go on:\n  {command_to_go_on(config, given)}", flush=True)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        print_no_more()
         if config.checkpoint or config.summary:
             return 1
         message, code = f"nobody reads the output any more. To go on: {command_to_go_on(config, given)}", 1
     except OSError as error:
         if not error.filename:  # it may be the output that cannot be written, and could not at the exit either
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            print_no_more()
         message, code = f"{error.filename or 'the output, or a file'}: {error.strerror or error}", 1
     except ImportError as error:
         message, code = f"{error}: python -m pip install -r requirements.txt", 1
