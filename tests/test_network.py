@@ -150,6 +150,35 @@ def test_fused_equals_eager(ck, dtype):
         assert_same(with_gradient(fused, x), with_gradient(eager, x), **tolerance)
 
 
+@pytest.mark.parametrize("size", [4, 5])
+def test_a_fused_layer_gives_the_same_whatever_it_was_used_for_before(ck, size):
+    """It uses memory again that nothing refers to any more, and no other."""
+    layer, eager = (ck.LocalResponseNormalization(size, alpha=1.0, k=1.0) for _ in range(2))
+    fuse(ck, layer)
+    inputs = [rand(4, 12, 6, 6, scale=10, seed=seed).requires_grad_() for seed in range(3)]
+    outputs, gradients = zip(*(with_gradient(eager, x) for x in inputs))
+    weights = rand(*inputs[0].shape, seed=1)
+
+    def assert_gradient(of: Tensor, i: int, **options: bool) -> None:
+        torch.testing.assert_close(torch.autograd.grad(of, inputs[i], weights, **options)[0], gradients[i])
+
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(inputs[0]), outputs[0])
+    for _ in range(3):
+        layer(inputs[2])  # without its gradient
+        together = [layer(x) for x in inputs]
+        for i, output in enumerate(together):
+            torch.testing.assert_close(output, outputs[i])
+        assert_gradient(together[1], 1, retain_graph=True)
+        assert_gradient(together[0], 0)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(inputs[0]), outputs[0])
+        assert_gradient(layer(inputs[2]), 2)
+        assert_gradient(together[1], 1, retain_graph=True)
+        assert_gradient(together[1], 1)
+        assert_gradient(together[2], 2)
+
+
 def test_the_fused_kernels_are_compiled_once_for_every_batch_size(ck):
     layer = ck.LocalResponseNormalization()
     fuse(ck, layer)
