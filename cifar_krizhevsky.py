@@ -494,26 +494,27 @@ def _window_sum(w: _Window, padded: Tensor) -> Tensor:
     return functools.reduce(torch.add, [padded[:, i : i + channels] for i in range(w.before + 1 + w.after)])
 
 
-def _centre_denominator_scale(w: _Window, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _centre_inverse_scale(w: _Window, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x, 1 / d and s of every channel, without the padding."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    denominator = w.k + w.alpha_over_size * _window_sum(w, x * x)
-    root = denominator.rsqrt()  # two square roots are several times cheaper than a power
-    scale = root * root.sqrt() if w.beta == 0.75 else denominator.pow(-w.beta)
-    return x[:, w.before : x.size(1) - w.after], denominator, scale
+    inverse = 1 / (w.k + w.alpha_over_size * _window_sum(w, x * x))
+    root = inverse.sqrt()  # two square roots are several times cheaper than a power
+    scale = root * root.sqrt() if w.beta == 0.75 else inverse.pow(w.beta)
+    return x[:, w.before : x.size(1) - w.after], inverse, scale
 
 
 def _lrn_output(w: _Window, out: Tensor, x: Tensor) -> None:
-    centre, _, scale = _centre_denominator_scale(w, x)
+    centre, _, scale = _centre_inverse_scale(w, x)
     out.copy_(centre * scale)
 
 
 def _lrn_cross_term(w: _Window, out: Tensor, x: Tensor, grad: Tensor) -> None:
-    centre, denominator, scale = _centre_denominator_scale(w, x)
-    out.copy_(grad * centre * scale / denominator)
+    centre, inverse, scale = _centre_inverse_scale(w, x)
+    out.copy_(grad * centre * scale * inverse)
 
 
 def _lrn_gradient(w: _Window, out: Tensor, x: Tensor, grad: Tensor, cross: Tensor) -> None:
-    centre, _, scale = _centre_denominator_scale(w, x)
+    centre, _, scale = _centre_inverse_scale(w, x)
     others = _window_sum(w, cross.to(centre.dtype))
     grad = grad * scale - 2 * w.alpha_over_size * w.beta * centre * others
     out.copy_(torch.where(centre > 0, grad, 0) if w.relu else grad)
