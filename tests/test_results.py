@@ -234,6 +234,11 @@ def test_the_speeds_in_the_readme_are_those_of_the_benchmark():
         assert row["start-up"] == f"{median(name, 'start_up_seconds'):.1f} s"
     ratios = sorted(a["images_per_second"] / b["images_per_second"] for a, b in zip(raw["default"], raw["listed"]))
     assert f"to the listed script, are {ratios[0]:.1f} to {ratios[-1]:.1f}. " in readme
+    _, slower = measured("speed-slower-hour.json")
+    times, of_floor = (
+        slower("default", "images_per_second") / slower(name, "images_per_second") for name in ("listed", "floor-bf16")
+    )
+    assert f"has {times:.1f} times and {100 * of_floor:.0f} % of the floor (`results/speed-slower-hour.json`)" in readme
     allocator, no_norm = (
         median("default", "images_per_second") / median(name, "images_per_second")
         for name in ("listed-allocator", "no-norm")
