@@ -26,7 +26,7 @@ takes 55 to 62; medians of 30 or more in scratch programs, each beside what it w
     LRN's passes in blocks of images, which fit the cache              no gain
     LRN without padded copies, what is beyond the ends times 0         1.2 less forward; 0 times infinity is not 0
     the same, with what is beyond the ends masked                      1.1 less forward, 0.4 to 1.1 more backward
-    zeros in the margins only of LRN's padded copies                   0 to 0.4 a step less, kept from step to step 1.3
+    zeros in the margins only of LRN's padded copies                   0 to 0.4 a step less
     LRN's two backward passes as one, for torch.compile to divide      26.6 in the first layer, in two 5.9
     Newton's iteration in place of LRN's square roots                  8.5 a pass, with them 1.9
     the scaled gradient kept for LRN's last pass                       0.45 less, for one rounding more
