@@ -21,10 +21,9 @@ Test error after 200 epochs (bf16 on two cores of an AMD EPYC, PyTorch 2.15.0, n
     CIFAR-100                    41.38 %     38.87 %
     CIFAR-100, --recipe best     34.91 %     33.04 %
 
-LRN and the test on ten views are from section 3.3 of A. Krizhevsky, I. Sutskever, G. Hinton,
-"ImageNet Classification with Deep Convolutional Neural Networks", 2012, and from cuda-convnet. The
-layer sizes are in neither. The data is from A. Krizhevsky, "Learning Multiple Layers of Features
-from Tiny Images", 2009, which is often cited for a network that it does not contain.
+LRN and the ten views are from Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep
+Convolutional Neural Networks", 2012, and cuda-convnet; the layer sizes are in neither. The data is
+from Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
 import argparse
@@ -154,9 +153,7 @@ class LocalResponseNormalization(nn.Module):
     and in `nn.LocalResponseNorm`, which gives the same values and is several times slower.
 
     Shape: (N, C, H, W) to (N, C, H, W), any floating type; the denominator is fp32 or better.
-
-    Raises:
-        ValueError: if size is below 1 or the input is not four-dimensional.
+    Raises ValueError if size is below 1 or the input is not four-dimensional.
     """
 
     def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0):
@@ -200,29 +197,26 @@ class KrizhevskyNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 96, kernel_size=3, padding=1)
         self.relu1 = nn.ReLU(inplace=True)
         self.norm1 = norm_layer()
-        self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.conv2 = nn.Conv2d(96, 96, kernel_size=3, padding=1)
         self.relu2 = nn.ReLU(inplace=True)
         self.norm2 = norm_layer()
-        self.pool2 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.conv3 = nn.Conv2d(96, 192, kernel_size=3, padding=1)
         self.relu3 = nn.ReLU(inplace=True)
-        self.pool3 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.fc1 = nn.Linear(192 * 3 * 3, 256)
         self.relu4 = nn.ReLU(inplace=True)
         self.fc2 = nn.Linear(256, 256)
         self.relu5 = nn.ReLU(inplace=True)
         self.fc3 = nn.Linear(256, num_classes)
+        self.pool = nn.MaxPool2d(kernel_size=3, stride=2)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool1(self.norm1(self.relu1(self.conv1(x))))  # (N, 96, 15, 15)
-        x = self.pool2(self.norm2(self.relu2(self.conv2(x))))  # (N, 96, 7, 7)
-        x = self.pool3(self.relu3(self.conv3(x)))  # (N, 192, 3, 3)
-        x = x.flatten(1)
+        x = self.pool(self.norm1(self.relu1(self.conv1(x))))  # (N, 96, 15, 15)
+        x = self.pool(self.norm2(self.relu2(self.conv2(x))))  # (N, 96, 7, 7)
+        x = self.pool(self.relu3(self.conv3(x))).flatten(1)  # (N, 192 * 3 * 3)
         x = self.dropout(self.relu4(self.fc1(x)))
         x = self.dropout(self.relu5(self.fc2(x)))
         return self.fc3(x)
@@ -249,13 +243,11 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
 # --------------------------------------------------------------------------------------------------
 
 PAD = 4  # black pixels on each side, from which 32x32 is cropped again: 81 positions
-SPLIT_SEED = 2009  # of the held-out images: a constant, so that every run holds out the same ones
 EVAL_BATCH_SIZE = 250
 
 View = tuple[int, int, bool]  # top and left edge of the crop in the padded image; flipped or not
 CENTER = (PAD, PAD, False)
-CORNERS = [*itertools.product((0, 2 * PAD), repeat=2)]
-TEN_VIEWS = [(y, x, f) for f in (False, True) for y, x in [(PAD, PAD), *CORNERS]]
+TEN_VIEWS = [(y, x, f) for f in (False, True) for y, x in [(4, 4), (0, 0), (0, 8), (8, 0), (8, 8)]]
 
 CIFAR = {  # torchvision's reader; mean and std of the training pixels, for values in 0..1
     "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -297,11 +289,10 @@ class CifarLoader:
         self._crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)
         self.images = self._crops[:, :, PAD, PAD]
         # as large as an image: to broadcast them over a channels_last batch is six times slower
-        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=device)
-        shift = 255 * mean.view(3, 1, 1)
-        scale = 1 / (255 * std.view(3, 1, 1))
-        self._shift = shift.expand(1, 3, 32, 32).contiguous(**layout)
-        self._scale = scale.expand(1, 3, 32, 32).contiguous(**layout)
+        constants = torch.tensor([self.mean, self.std], dtype=torch.float32, device=device)
+        mean, std = constants.view(2, 1, 3, 1, 1).expand(2, 1, 3, 32, 32)
+        self._shift = (255 * mean).contiguous(**layout)
+        self._scale = (1 / (255 * std)).contiguous(**layout)
 
     def __len__(self) -> int:
         return math.ceil(len(self.labels) / self.batch_size)
@@ -326,9 +317,7 @@ class CifarLoader:
         order = torch.arange(len(self.labels))
         return self._batches([order, *(torch.full_like(order, v) for v in (y, x, flipped))])
 
-    def _batches(
-        self, choices: list[Tensor], rank: int = 0, world_size: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, choices: list[Tensor], rank: int = 0, world_size: int = 1) -> Iterator:
         parts = (choice.to(self.labels.device).split(self.batch_size) for choice in choices)
         for batch in zip(*parts):
             index, y, x, flipped = (choice.chunk(world_size)[rank] for choice in batch)
@@ -370,16 +359,14 @@ def get_cifar_data_loaders(
     val_size: int | None = None, seed: int = 0, device: torch.device | str = "cpu",
     inputs: str = "standardized",
 ) -> tuple[CifarLoader, CifarLoader | None, CifarLoader]:  # fmt: skip
-    """Load a data set and return its training, validation and test loader.
+    """Load a data set (see `read_dataset`) and return its training, validation and test loader.
 
     Args:
-        dataset_name, data_dir: see `read_dataset`; missing CIFAR files are downloaded.
         val_size: training images to hold out; None: a tenth; 0: none, and no validation loader.
         seed: of order and augmentation, not of the split.
         inputs: "standardized", or "0-255" for pixels minus their mean, not divided by the std.
 
-    Raises:
-        UserError: if there is no such data, or val_size takes the last training image of a class.
+    Raises UserError if there is no such data, or val_size takes a class its last training image.
     """
     data = read_dataset(dataset_name, data_dir)
     std = data.std if inputs == "standardized" else (1 / 255,) * 3
@@ -405,22 +392,20 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
 def validation_split(labels: Tensor, val_size: int | None = None) -> Tensor:
     """A mask (N,) of the images to hold out: of each class in proportion, never its last image.
 
-    Always the same ones for the same labels. None holds out a tenth. Raises UserError if val_size
-    is more than the classes can give.
+    Always the same for the same labels. None holds out a tenth. Raises UserError for too many.
     """
     count, sizes = len(labels), labels.bincount().tolist()
     caps = [max(0, size - 1) for size in sizes]
     if val_size is None:
         val_size = min(round(count / 10), sum(caps))
     if not 0 <= val_size <= sum(caps):
-        most = f"at most {sum(caps)} of {count} training images, for every class to keep one"
-        raise UserError(f"--val-size {val_size}: {most}", 2)
+        raise UserError(f"--val-size {val_size}: at most {sum(caps)}, each class keeps one", 2)
     shares = [min(val_size * size // count, cap) for size, cap in zip(sizes, caps)]
     while sum(shares) < val_size:  # largest remainder first; ties go to the lower class index
         unfilled = [c for c, cap in enumerate(caps) if shares[c] < cap]
         shares[max(unfilled, key=lambda c: val_size * sizes[c] - shares[c] * count)] += 1
-    # a stream of random numbers that NumPy promises never to change
-    order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(count))
+    # one order for every run, of random numbers that NumPy promises never to change
+    order = torch.from_numpy(np.random.RandomState(2009).permutation(count))
     mask = torch.zeros(count, dtype=torch.bool)
     for label, share in enumerate(shares):
         mask[order[labels[order] == label][:share]] = True
@@ -440,9 +425,7 @@ def train_one_epoch(
 
     Both are measured while training: on augmented images, with weights that change at every step.
 
-    Raises:
-        UserError: if the loss or a weight became infinite or NaN; found at the end of the epoch, so
-            that no step waits for a GPU.
+    Raises UserError at the end, so that no step waits, if the loss or a weight is infinite or NaN.
     """
     device = torch.device(device)
     model.train()
@@ -488,7 +471,7 @@ def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any
 
     # Device, data, network, optimizer
     if config.tensorboard:
-        from torch.utils import tensorboard  # noqa: F401  (fails here, not after an epoch)
+        from torch.utils.tensorboard import SummaryWriter  # fails here, not after an epoch
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     if config.deterministic:
@@ -561,7 +544,10 @@ def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any
     if rank == 0 and len(history) < config.epochs:  # results of a shorter or replaced run
         for name in ["summary.json", *PLOTS] + ([] if best_epoch else ["best.pt"]):
             (folder / name).unlink(missing_ok=True)
-    writer = tensorboard_writer(folder, history) if config.tensorboard and rank == 0 else None
+    writer = None
+    if config.tensorboard and rank == 0:
+        writer = SummaryWriter(folder, purge_step=0)  # hides what the files of a stopped run hold
+        log_epochs(writer, history)
     first, loop_started = len(history) + 1, time.perf_counter()
     for epoch in range(first, config.epochs + 1):
         epoch_started = time.perf_counter()
@@ -597,7 +583,7 @@ def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any
         left = (config.epochs - epoch) * (time.perf_counter() - loop_started) / (epoch - first + 1)
         print_epoch(row, config.epochs, left, is_best, header=epoch == first)
         if writer:
-            log_epoch(writer, row)
+            log_epochs(writer, [row])
 
     # The test
     best_model = copy.deepcopy(model)
@@ -959,20 +945,16 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        for attempt in range(4):
-            try:
+        for seconds in (0.25, 0.5, 1):
+            with contextlib.suppress(PermissionError):  # Windows: a virus scanner holds the file
                 os.replace(temporary, path)
-                break
-            except PermissionError:  # Windows, while a virus scanner holds the file
-                if attempt == 3:
-                    raise
-                time.sleep(2**attempt / 4)
+                return
+            time.sleep(seconds)
+        os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         message = f"cannot write {path}: {error.strerror}; the old file is unharmed"
         raise UserError(message) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -1053,19 +1035,17 @@ def plot_results(figure: Any, history: list[dict], best_epoch: int, title: str) 
     figure.set_size_inches(11, 3.4)
     figure.suptitle(title)
     panels = figure.subplots(1, 3)
-    epochs = [row["epoch"] for row in history]
-    style = {"marker": "."} if len(history) < 15 else {}
+    columns = {name: [row[name] for row in history] for name in history[0]}
+    epochs, marker = columns["epoch"], "." if len(history) < 15 else None
     for axes, name in zip(panels, ("loss", "accuracy")):
-        training = [row[f"train_{name}"] for row in history]
-        axes.plot(epochs, training, color="tab:blue", label="training", **style)
+        axes.plot(epochs, columns[f"train_{name}"], marker=marker, label="training")
         if history[0]["val_loss"] is not None:
-            validation = [row[f"val_{name}"] for row in history]
-            axes.plot(epochs, validation, color="tab:orange", label="validation", **style)
-            best = (best_epoch, validation[best_epoch - 1])
+            axes.plot(epochs, columns[f"val_{name}"], marker=marker, label="validation")
+            best = (best_epoch, columns[f"val_{name}"][best_epoch - 1])
             axes.plot(*best, "o", color="black", mfc="none", label=f"best ({best_epoch})")
         axes.legend(frameon=False)
-    rates = [row["learning_rate"] for row in history]
-    panels[2].plot(epochs, rates, color="tab:green", drawstyle="steps-mid", **style)
+    rates = columns["learning_rate"]
+    panels[2].plot(epochs, rates, color="tab:green", drawstyle="steps-mid", marker=marker)
     panels[2].set_yscale("log")
     for axes, name in zip(panels, ("cross-entropy loss", "accuracy (%)", "learning rate")):
         axes.set(xlabel="epoch", ylabel=name)
@@ -1074,18 +1054,18 @@ def plot_results(figure: Any, history: list[dict], best_epoch: int, title: str) 
         axes.grid(alpha=0.3)
 
 
-def plot_predictions(figure: Any, loader: CifarLoader, output: Tensor, title: str) -> None:
+def plot_predictions(figure: Any, loader: CifarLoader, result: Evaluation, title: str) -> None:
     """Draw 40 images, evenly from all, with prediction and probability; mistakes are marked."""
-    count = min(40, len(loader.labels))
+    count = min(40, len(result.labels))
     rows = math.ceil(count / 8)
     figure.set_size_inches(11, 0.5 + 1.55 * rows)
     figure.suptitle(f"{title}: predictions (mistakes in red, with the true class)")
     for n in range(count):
-        i = n * len(loader.labels) // count
-        probability, label = output[i].exp().max(0)
+        i = n * len(result.labels) // count
+        probability, label = result.log_probabilities[i].exp().max(0)
         text, color = f"{plot_label(loader.classes[label])} {probability:.0%}", "black"
-        if label != loader.labels[i]:
-            text += f"\n(is {plot_label(loader.classes[loader.labels[i]])})"
+        if label != result.labels[i]:
+            text += f"\n(is {plot_label(loader.classes[result.labels[i]])})"
             color = "tab:red"
         axes = figure.add_subplot(rows, 8, n + 1)
         axes.imshow(loader.images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
@@ -1093,23 +1073,19 @@ def plot_predictions(figure: Any, loader: CifarLoader, output: Tensor, title: st
         axes.axis("off")
 
 
-def plot_confusion_matrix(
-    figure: Any, labels: Tensor, predicted: Tensor, classes: list[str], title: str
-) -> None:
+def plot_confusion_matrix(figure: Any, loader: CifarLoader, result: Evaluation, title: str) -> None:
     """Draw the per cent of each true class (row) predicted as each class (column)."""
-    count = len(classes)
-    matrix = torch.zeros(count, count)
-    matrix.index_put_((labels, predicted), torch.tensor(1.0), accumulate=True)
+    count = len(loader.classes)
+    cells = result.labels * count + result.log_probabilities.argmax(1)
+    matrix = cells.bincount(minlength=count * count).view(count, count)
     matrix = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     few = count <= 20
-    # of a hundred classes only the diagonal would show, were the colors not spread over mistakes
-    top = 100 if few else max(10.0, float((matrix - matrix.diag().diag()).max()))
+    top, extend = (100, "neither") if few else (25, "max")  # else only the diagonal would show
     figure.set_size_inches((7.5, 6.5) if few else (15, 14))
     axes = figure.subplots()
     image = axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=top)
-    extend = "neither" if few else "max"
     figure.colorbar(image, shrink=0.7, label="% of the true class", extend=extend)
-    style = {"labels": [plot_label(name) for name in classes], "fontsize": 9 if few else 6}
+    style = {"labels": [*map(plot_label, loader.classes)], "fontsize": 9 if few else 6}
     axes.set_xticks(range(count), rotation=45 if few else 90, **style)
     axes.set_yticks(range(count), **style)
     axes.set(xlabel="predicted class", ylabel="true class", title=f"{title}: confusion matrix")
@@ -1155,28 +1131,19 @@ def save_image_plots(
     which: str,
 ) -> None:  # fmt: skip
     """Write the plots of a trained network on a set of images (`which`: "test", ...)."""
-    output, labels, on = evaluation.log_probabilities, evaluation.labels, f"{title}, {which} images"
+    on = f"{title}, {which} images"
+    save_plot(folder / "predictions.png", plot_predictions, loader, evaluation, on)
+    save_plot(folder / "confusion.png", plot_confusion_matrix, loader, evaluation, on)
     first_layer = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
-    matrix = (labels, output.argmax(1), loader.classes, on)
-    save_plot(folder / "predictions.png", plot_predictions, loader, output, on)
-    save_plot(folder / "confusion.png", plot_confusion_matrix, *matrix)
     save_plot(folder / "filters.png", plot_filters, first_layer.weight, title)
 
 
-def tensorboard_writer(folder: Path, history: list[dict]) -> Any:
-    """A log for TensorBoard, with the epochs of a resumed run in it."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder), purge_step=0)  # hides what earlier files hold
-    for row in history:
-        log_epoch(writer, row)
-    return writer
-
-
-def log_epoch(writer: Any, row: dict[str, Any]) -> None:
-    for name, value in row.items():
-        if value is not None and name != "epoch":
-            writer.add_scalar(name, value, row["epoch"])
+def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
+    """Write the metrics of these epochs to TensorBoard."""
+    for row in rows:
+        for name, value in row.items():
+            if value is not None and name != "epoch":
+                writer.add_scalar(name, value, row["epoch"])
     writer.flush()
 
 
@@ -1188,8 +1155,7 @@ def log_epoch(writer: Any, row: dict[str, Any]) -> None:
 def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a best.pt, ready for use, and its `config`, `classes`, `mean`, `std`, `epoch`.
 
-    Raises:
-        UserError: if the file is missing, damaged or something else.
+    Raises UserError if the file is missing, damaged or something else.
     """
     path = Path(path).expanduser()
     checkpoint = load_checkpoint(path, "mean")
@@ -1225,9 +1191,8 @@ class Classifier:
         """The probability of each class, highest first, for images (N, 3, 32, 32) uint8."""
         loader = self.loader(images, torch.zeros(len(images), dtype=torch.int64))  # labels unused
         output, _ = predict(self.model, loader, self.device, self.precision)
-        p, order = output.exp().sort(dim=1, descending=True, stable=True)
-        names = [[self.classes[label] for label in row] for row in order.tolist()]
-        return [dict(zip(*pair)) for pair in zip(names, p.tolist())]
+        rows = [zip(self.classes, row) for row in output.exp().tolist()]
+        return [dict(sorted(row, key=operator.itemgetter(1), reverse=True)) for row in rows]
 
 
 def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
@@ -1241,17 +1206,16 @@ def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
         print(f"error: {failure}", file=sys.stderr)
     if not pictures:
         return 1
-    shown = len(classifier.classes) if config.show_all_probs else 3
-    rows = {}
-    for path, result in zip(pictures, classifier.classify(torch.stack([*pictures.values()]))):
-        rows[str(path)] = dict(itertools.islice(result.items(), shown))
+    shown = None if config.show_all_probs else 3
+    results = classifier.classify(torch.stack([*pictures.values()]))
+    rows = {str(path): dict([*row.items()][:shown]) for path, row in zip(pictures, results)}
     if config.json:
         print(json.dumps([{"file": f, "classes": row} for f, row in rows.items()], indent=1))
     else:
         width, name_width = max(map(len, rows)), max(map(len, classifier.classes))
         for file, row in rows.items():
             cells = [f"{name:<{name_width}} {p:6.1%}" for name, p in row.items()]
-            print(f"{file:<{width}}  " + "  ".join(cells))
+            print("  ".join([f"{file:<{width}}", *cells]))
     return 1 if failures else 0
 
 
@@ -1259,20 +1223,19 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     """Test a trained network again, as its run did unless flags differ; redraw its plots."""
     path = Path(config.checkpoint).expanduser()
     classifier = Classifier(path, config.device, passed.get("precision", ""))
-    model, trained, precision = classifier.model, classifier.trained["config"], classifier.precision
+    trained, precision = classifier.trained["config"], classifier.precision
     dataset = passed.get("dataset", trained.dataset)
     own = "data_dir" not in passed and Path(trained.data_dir).expanduser().is_dir()
     data = read_dataset(dataset, trained.data_dir if own else config.data_dir)
     if data.classes != classifier.classes:
         raise UserError(f"{path} was trained on other classes than {dataset} has", 2)
-    loader = classifier.loader(data.test_images, data.test_labels)
-    tune_glibc_malloc()
-    model, _ = compile_lrn(model, config.compile, classifier.device, precision)
     folder = Path(config.output_dir or path.parent).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    tune_glibc_malloc()
+    model, _ = compile_lrn(classifier.model, config.compile, classifier.device, precision)
+    loader = classifier.loader(data.test_images, data.test_labels)
     metrics, evaluation = compute_test_metrics(model, loader, precision)
-    images = f"{metrics['test_images']:,} test images of {dataset}"
-    print_test(f"{path} (epoch {classifier.trained['epoch']}) on {images}", metrics)
+    print_test(f"{path} (epoch {classifier.trained['epoch']}) on {dataset}", metrics)
     print("  accuracy by class")
     for name, accuracy in metrics["test_class_accuracy"].items():
         print(f"    {name:<{max(map(len, data.classes))}} {accuracy:5.1f} %")
@@ -1304,15 +1267,12 @@ def print_layers(config: Config) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Other networks
+# Other networks: (N, 3, 32, 32) float, normalized, to (N, num_classes) logits, as KrizhevskyNet
 # --------------------------------------------------------------------------------------------------
 
 
 class FiveConvNet(nn.Module):
-    """Five convolutions and four linear layers, with dropout of whole channels; 2.8 M parameters.
-
-    Input (N, 3, 32, 32) float, normalized; output (N, num_classes) logits.
-    """
+    """Five convolutions and four linear layers; dropout of whole channels; 2.8 M parameters."""
 
     def __init__(self, num_classes: int = 10, dropout: float = 0.5) -> None:
         super().__init__()
@@ -1336,10 +1296,7 @@ class FiveConvNet(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """The network of the AlexNet paper, whole, for images enlarged to 227x227; 58 M parameters.
-
-    Input (N, 3, 32, 32) float, normalized; output (N, num_classes) logits.
-    """
+    """The network of the AlexNet paper, whole, for images enlarged to 227x227; 58 M parameters."""
 
     def __init__(
         self, num_classes: int = 10,
@@ -1368,20 +1325,16 @@ class AlexNet(nn.Module):
 class CompactNet(nn.Module):
     """Dilated, depthwise separable and residual blocks with batch normalization; 0.4 M parameters.
 
-    Input (N, 3, 32, 32) float, normalized; output (N, num_classes) logits. Before the global
-    average a value depends on 46x46 pixels, more than there are. Dropout is of whole channels.
+    Before the global average a value depends on 46x46 pixels, more than there are.
     """
 
     def __init__(self, num_classes: int = 10, dropout: float = 0.03) -> None:
         super().__init__()
+        conv = functools.partial(nn.Conv2d, kernel_size=3, padding="same", bias=False)
 
         def block(*layers: nn.Module) -> nn.Sequential:
             tail = (nn.BatchNorm2d(layers[-1].out_channels), nn.ReLU(inplace=True))
             return nn.Sequential(*layers, *tail, nn.Dropout2d(dropout))
-
-        def conv(inputs: int, outputs: int, **options: int) -> nn.Conv2d:
-            padding = options.get("dilation", 1)
-            return nn.Conv2d(inputs, outputs, 3, padding=padding, bias=False, **options)
 
         self.stem = block(conv(3, 32))
         self.dilated1 = block(conv(32, 32, dilation=2))
@@ -1415,10 +1368,9 @@ MODELS |= {"alexnet": AlexNet, "compact": CompactNet}
 #     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum(g_i x_i s_i / d_i)
 #               over the channels i whose window contains c, with g = dL/dy
 # Three passes over rows of channels, each of which torch.compile turns into one loop; through
-# autograd it is several times slower. Each writes `out`. `x` comes with the zeros that the windows
-# at the ends need: `before` and `after` channels; `cross` with `after` and `before`, since its sum
-# is over the windows that contain c. All arithmetic is fp32 or better: bf16 would round d to k, and
-# the normalization would silently become a constant.
+# autograd it is several times slower. Each writes `out`. `x` has margins of zeros, `before` and
+# `after` channels wide, for the windows at the ends; `cross` has them the other way round, since
+# its sum is over the windows that contain c. All is fp32 or better: bf16 would round d to k.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1527,13 +1479,16 @@ def compile_lrn(
             if isinstance(previous, nn.ReLU):
                 layer.relu = True
                 fast.set_submodule(name, nn.Identity())
-    images = torch.zeros(2, 3, 32, 32, device=device).to(memory_format=memory_format(device))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    images = images.to(memory_format=memory_format(device))
     try:
         if device.type == "cuda" and precision != choose_precision("auto", device) != "bf16":
             raise RuntimeError("this GPU has no bf16")  # torch.compile would silently do nothing
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = fast(images)
-        logits.float().sum().backward()
+            logits, expected = fast(images).float(), copy.deepcopy(model).eval()(images).float()
+        logits.sum().backward()
+        if (logits - expected).abs().max() > 0.1 * expected.abs().max():
+            raise RuntimeError("the ReLU that is defined before an LRN layer is used elsewhere")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -1584,25 +1539,23 @@ def download(reader: Any, data_dir: Path) -> Any:
     from torchvision.datasets.utils import download_and_extract_archive
 
     data_dir.mkdir(parents=True, exist_ok=True)
+    name, md5 = reader.filename, reader.tgz_md5
     failures, timeout = [], socket.getdefaulttimeout()
     with FileLock(data_dir / ".lock"):  # two first runs at once: the second one waits
         with contextlib.suppress(RuntimeError):  # and finds the files
             return reader(str(data_dir))
-        for mirror in MIRRORS:
-            url = mirror.format(reader.filename)
-            print(f"{reader.filename} to {data_dir}, from {url}", flush=True)
+        for url in [mirror.format(name) for mirror in MIRRORS]:
+            print(f"{name} to {data_dir}, from {url}", flush=True)
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
             try:
-                options = {"filename": reader.filename, "md5": reader.tgz_md5}
-                download_and_extract_archive(url, str(data_dir), **options)
+                download_and_extract_archive(url, str(data_dir), filename=name, md5=md5)
                 return reader(str(data_dir))
             except Exception as error:  # of urllib, http, tarfile, or a wrong MD5 sum
                 failures.append(f"{url}: {reason(error)}")
             finally:
                 socket.setdefaulttimeout(timeout)
-    by_hand = f"Put this file (MD5 {reader.tgz_md5}) into {data_dir} by hand"
-    tried = f"could not download {reader.filename} ({'; '.join(failures)})"
-    raise UserError(f"{tried}. {by_hand}, or try --dataset cifar10-mini, which is in the clone")
+    by_hand = f"Put this file (MD5 {md5}) into {data_dir} by hand, or try --dataset cifar10-mini"
+    raise UserError(f"could not download {name} ({'; '.join(failures)}). {by_hand}")
 
 
 def read_mini(data_dir: Path) -> Dataset:
@@ -1613,30 +1566,24 @@ def read_mini(data_dir: Path) -> Dataset:
     folder = (Path(script).resolve().parent / "data" if script else data_dir) / "mini"
     content = []
     for part in ("train", "test"):
-        paths, tiles = sorted((folder / part).glob("*.png")), []
+        paths = sorted((folder / part).glob("*.png"))
         if not paths:
             raise UserError(f"there is no {folder / part}: it comes with a clone of the repository")
-        for path in paths:
-            try:
-                sheet = np.asarray(Image.open(path).convert("RGB"))
-                grid = sheet.reshape(len(sheet) // 32, 32, -1, 32, 3).transpose(0, 2, 4, 1, 3)
-                tiles.append(torch.from_numpy(grid.reshape(-1, 3, 32, 32)))
-            except Exception as error:  # Pillow's decoders raise anything
-                raise UserError(f"cannot read {path} ({reason(error)}): restore it") from None
-        content += [torch.cat(tiles), torch.arange(len(paths)).repeat_interleave(len(tiles[0]))]
+        sheets = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+        tiles = torch.from_numpy(sheets).unfold(1, 32, 32).unfold(2, 32, 32)
+        images = tiles.reshape(-1, 3, 32, 32)  # from (class, row, column, 3, 32, 32)
+        labels = torch.arange(len(paths)).repeat_interleave(len(images) // len(paths))
+        content += [images, labels]
     return Dataset(*content, [path.stem for path in paths], *CIFAR["cifar10"][1:])
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder and below, by the suffixes that Pillow opens; notes other files.
-
-    Hidden files and folders are no data: .ipynb_checkpoints, ._x.png, __MACOSX.
-    """
+    """The pictures in a folder and below, by the suffixes that Pillow opens; notes other files."""
     from PIL import Image
 
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    hidden = re.compile(r"(^|/)(\.|__)")  # no data: .ipynb_checkpoints, ._x.png, __MACOSX
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    hidden = re.compile(r"(^|/)(\.|__)")
     files = [path for path in files if not hidden.search(path.relative_to(folder).as_posix())]
     found = [path for path in files if path.suffix.lower() in suffixes]
     if len(found) < len(files):
@@ -1679,24 +1626,25 @@ def read_picture(path: str | Path) -> Tensor:
 
 def read_image_folders(folder: Path) -> Dataset:
     """The pictures in folder/train/CLASS and folder/test/CLASS."""
-    images, names, broken = {}, {}, []
-    for part in ("train", "test"):
-        paths = [path for path in list_pictures(folder / part) if path.parent != folder / part]
-        names[part] = [path.relative_to(folder / part).parts[0] for path in paths]
+    images, names, broken = [], [], []
+    for part in (folder / "train", folder / "test"):
+        paths = [path for path in list_pictures(part) if path.parent != part]
+        if not paths:
+            raise UserError(f"--dataset: {part} should hold a folder of pictures for each class", 2)
+        names.append([path.relative_to(part).parts[0] for path in paths])
         pictures, failures = read_pictures(paths)
-        images[part] = [*pictures.values()]
+        images.append([*pictures.values()])
         broken += failures
     if broken:
         first = "; ".join(broken[:5])
         raise UserError(f"{len(broken)} broken pictures in {folder}, to repair or remove: {first}")
-    classes = sorted(set(names["train"]))
-    if different := sorted({*classes} ^ {*names["test"]}):
+    classes = sorted(set(names[0]))
+    if different := sorted(set(names[0]) ^ set(names[1])):
         shown = ", ".join(different[:5])
         raise UserError(f"--dataset {folder}: train and test have different classes ({shown})", 2)
-    train, test = (torch.tensor([classes.index(name) for name in part]) for part in names.values())
-    images = {part: torch.stack(pictures) for part, pictures in images.items()}
-    colors = channel_statistics(images["train"])
-    return Dataset(images["train"], train, images["test"], test, classes, *colors)
+    train, test = (torch.stack(pictures) for pictures in images)
+    labels, test_labels = (torch.tensor([classes.index(n) for n in part]) for part in names)
+    return Dataset(train, labels, test, test_labels, classes, *channel_statistics(train))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1801,10 +1749,9 @@ def describe_hardware(device: torch.device, precision: str, compiled: bool) -> d
 
 
 def tune_glibc_malloc() -> None:
-    """Let glibc keep large blocks that are freed, for the next step to use.
+    """Let glibc keep freed large blocks: to hand them back and get them zeroed is slow on a CPU.
 
-    By default it hands each back to the kernel and gets it again zeroed, page by page: much of a
-    step on a CPU. A setting of the whole process; elsewhere than on glibc it does nothing.
+    A setting of the whole process; elsewhere than on glibc it does nothing.
     """
     import ctypes
 
@@ -1832,22 +1779,18 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, Any]]:
     """The configuration, and the flags that were passed, by the names of their settings."""
-    remark = "Flags may be written with - or _. The defaults are in Config, at the top of the file."
-    parser = OneLineParser(
-        description=(__doc__ or "").split("\n\n")[0], epilog=remark, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
+    parser = OneLineParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.description = (__doc__ or "").split("\n\n")[0]
     for option in fields(Config):
         rules, default, declared = option.metadata, option.metadata["default"], str(option.type)
         kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in declared)
-        settings = {key: rules[key] for key in ("nargs", "const") if key in rules}
+        settings = {key: rules[key] for key in ("nargs", "const", "choices") if key in rules}
         settings |= {"action": "store_true"} if kind is bool else {"type": kind}
         if "list" in declared:
             settings["nargs"] = "+"
-            default = " ".join(map(str, default or ()))
-        if "choices" in rules:
-            settings["metavar"] = "{" + ",".join(rules["choices"]) + "}"
-        shown = "" if default in (None, "") or kind is bool else f" (default: {default})"
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        shown = "" if default is None or kind is bool else f" (default: {default})"
         parser.add_argument(flag_name(option.name), help=rules["help"] + shown, **settings)
     words = sys.argv[1:] if argv is None else argv
     words = [re.sub("^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in words]
@@ -1865,21 +1808,16 @@ def check(config: Config, passed: dict[str, Any]) -> None:
     words = {"min": "at least", "above": "above", "below": "below"}
     for option in fields(Config):
         name, value, rules = flag_name(option.name), getattr(config, option.name), option.metadata
+        limits = [f"{word} {rules[rule]}" for rule, word in words.items() if rule in rules]
+        least, above = rules.get("min", -math.inf), rules.get("above", -math.inf)
         for item in value if isinstance(value, list) else [value]:
             if item is None or option.name == "resume":
                 continue
             if item == "" or item not in rules.get("choices", [item]):
                 allowed = ", ".join(rules.get("choices", ["not empty"]))
                 raise UserError(f"{name} {item}: must be {allowed}", 2)
-            if isinstance(item, float) and not math.isfinite(item):
-                raise UserError(f"{name} {item}: must be a finite number", 2)
-            for rule, fails in (
-                ("min", operator.lt),
-                ("above", operator.le),
-                ("below", operator.ge),
-            ):
-                if rule in rules and fails(item, rules[rule]):
-                    raise UserError(f"{name} {item}: must be {words[rule]} {rules[rule]}", 2)
+            if limits and not (least <= item and above < item < rules.get("below", math.inf)):
+                raise UserError(f"{name} {item}: must be finite, {' and '.join(limits)}", 2)
     pairs = [("resume", "overwrite"), ("seeds", "seed"), ("seeds", "overwrite")]
     for one, other in [*pairs, ("evaluate", "image"), ("evaluate", "image_dir")]:
         if passed.keys() >= {one, other}:
@@ -1895,10 +1833,9 @@ def command_of(passed: dict[str, Any]) -> str:
         words = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
     words.append(sys.argv[0] if sys.argv[0].endswith(".py") else "cifar_krizhevsky.py")
     for name, value in passed.items():
-        if value is None or value is False:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [flag_name(name), *(str(v) for v in values if v is not True and v != "")]
+        if value is not None and value is not False:
+            values = value if isinstance(value, list) else [value]
+            words += [flag_name(name), *(str(v) for v in values if v is not True and v != "")]
     return shlex.join(words)
 
 
@@ -1943,7 +1880,8 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         message, code = f"error: {error}: python -m pip install {error.name}", 1
     except OSError as error:
-        message, code = f"error: {error.filename or 'the output'}: {error.strerror or error}", 1
+        where = f"{error.filename or 'the output'}: {error.strerror}"
+        message, code = f"error: {where if error.strerror else error}", 1
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
             steps = [f.name == "train_one_epoch" for f in traceback.extract_tb(error.__traceback__)]
