@@ -725,7 +725,7 @@ def evaluate_model(
 
 
 def wilson_interval(error: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of Wilson (1927) of an error in per cent, measured on `count` images."""
+    """The 95 % interval of Wilson (1927) of an error in percent, measured on `count` images."""
     z, p = 1.959964, error / 100
     center = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
@@ -735,7 +735,7 @@ def wilson_interval(error: float, count: int) -> tuple[float, float]:
 def compute_test_metrics(
     model: nn.Module, loader: CifarLoader, precision: str
 ) -> tuple[dict, Evaluation]:
-    """The test entries of summary.json, in per cent, and the single-view evaluation."""
+    """The test entries of summary.json, in percent, and the single-view evaluation."""
     single = evaluate_model(model, loader, precision=precision)
     multi = evaluate_model(model, loader, precision=precision, views=TEN_VIEWS)
     count = len(single.labels)
@@ -1074,7 +1074,7 @@ def plot_predictions(figure: Any, loader: CifarLoader, result: Evaluation, title
 
 
 def plot_confusion_matrix(figure: Any, loader: CifarLoader, result: Evaluation, title: str) -> None:
-    """Draw the per cent of each true class (row) predicted as each class (column)."""
+    """Draw the percent of each true class (row) predicted as each class (column)."""
     count = len(loader.classes)
     cells = result.labels * count + result.log_probabilities.argmax(1)
     matrix = cells.bincount(minlength=count * count).view(count, count)
