@@ -1086,7 +1086,8 @@ def plot_confusion_matrix(figure: Any, loader: CifarLoader, result: Evaluation, 
     image = axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=top)
     figure.colorbar(image, shrink=0.7, label="% of the true class", extend=extend)
     style = {"labels": [*map(plot_label, loader.classes)], "fontsize": 9 if few else 6}
-    axes.set_xticks(range(count), rotation=45 if few else 90, **style)
+    rotation, align = (45, "right") if few else (90, "center")
+    axes.set_xticks(range(count), rotation=rotation, ha=align, **style)
     axes.set_yticks(range(count), **style)
     axes.set(xlabel="predicted class", ylabel="true class", title=f"{title}: confusion matrix")
     for i, j in itertools.product(range(count), repeat=2) if few else ():

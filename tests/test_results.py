@@ -99,7 +99,7 @@ def test_the_published_commands_still_make_those_runs(ck):
         config, _ = ck.parse_arguments(shlex.split(command)[2:])
         made = vars(config) | {
             "milestones": ck.resolve_milestones(config.milestones, config.epochs),
-            "val_size": 5000 if config.val_size is None else config.val_size,
+            "val_size": run["val_size"] if config.val_size is None else config.val_size,
         }
         published = {key: run[key] for key in HYPERPARAMETERS if key in run}
         if run["model"] in ("five-conv", "compact"):
