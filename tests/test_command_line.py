@@ -140,11 +140,11 @@ def test_no_test_never_evaluates_the_test_images(ck, small, tmp_path, monkeypatc
 
 def test_the_whole_of_cifar10_mini_trains_from_a_clone_and_beats_chance(tmp_path):
     flags = ("--dataset", "cifar10-mini", "--recipe", "quick", "--epochs", 1, "--compile", "off")
-    result = run(*flags, cwd=tmp_path, timeout=900)
+    result = run(*flags, "--no-test", cwd=tmp_path, timeout=900)  # in half the time
     assert (result.code, result.err) == (0, "")
     assert "4,500 training, 500 validation, 1,000 test images" in result.out
     folder = tmp_path / "runs" / "cifar10-mini-krizhevsky-seed0"
-    assert names(folder) == FILES and results(folder)[0]["test_error"] < 85
+    assert names(folder) == FILES and results(folder)[0]["best_val_accuracy"] > 15
 
 
 @pytest.mark.parametrize("level", [0, 2], ids=["plain", "OO"])
@@ -270,13 +270,12 @@ def test_the_pep_723_block_is_requirements_txt():
 def test_every_command_that_is_shown_is_one_that_the_script_takes(ck):
     pages = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("results/README.md"))]
     shown = re.sub(r"\$\w+", "1", "\n".join([ck.__doc__, *pages]).replace("\\\n", " "))
-    command = rf"(?:python3?|uv run|torchrun[^`\n]*) {SCRIPT.name}([^`\n]*)"
-    lines = re.findall(command, shown)
+    lines = re.findall(rf"(?:python3?|uv run|torchrun[^`\n]*) {SCRIPT.name}([^`\n]*)", shown)
     assert len(lines) > 15
     for line in lines:
         config, _ = ck.parse_arguments(shlex.split(re.split("[#;&|<>)]", line)[0]))
-        path = config.checkpoint or "results/"
-        assert not path.startswith("results/") or (ROOT / path).exists(), line
+        if str(config.checkpoint).startswith("results/"):
+            assert (ROOT / config.checkpoint).exists(), line
 
 
 def test_published_command_lines_still_mean_the_same_settings(ck):
@@ -284,7 +283,8 @@ def test_published_command_lines_still_mean_the_same_settings(ck):
         summary = json.loads(path.read_text())
         config, _ = ck.parse_arguments(shlex.split(summary["command"])[2:])
         config.milestones = ck.resolve_milestones(config.milestones, config.epochs)
-        config.val_size = 5000 if config.val_size is None else config.val_size
+        if config.val_size is None:
+            config.val_size = 500 if config.dataset == "cifar10-mini" else 5000
         ignored = {"precision", *(() if config.model == "krizhevsky" else ("norm", "dropout"))}
         for name in asdict(config).keys() & summary.keys() - ck.RESUMABLE - ignored:
             assert getattr(config, name) == summary[name], (path, name)
