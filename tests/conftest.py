@@ -17,9 +17,8 @@ from PIL import Image
 VISIBLE_GPUS = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# Tests that run side by side (pytest -n) share the processors; PyTorch would use all of them in each.
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+# One thread: the tests' small batches take twice as long with two, and tests may run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "cifar_krizhevsky.py"
