@@ -128,7 +128,7 @@ class Config:
 
 
 FAST = {"lr": 0.05, "weight_decay": 1e-3, "lrn_alpha": 1.0, "lrn_k": 1.0}
-RECIPES = {  # best gave the errors above; the others are starting points, not measured yet
+RECIPES = {  # best: the errors above; the others are starting points, not measured yet
     "quick":  FAST | {"epochs": 4, "milestones": [0.75]},
     "short":  FAST | {"epochs": 24, "milestones": [0.67, 0.87]},
     "medium": FAST | {"epochs": 72, "milestones": [0.45, 0.75, 0.92]},
