@@ -629,15 +629,14 @@ def print_run(
     classes, parameters = train_loader.classes, sum(p.numel() for p in model.parameters())
     counts = f"{len(train_loader.labels):,} training, {config.val_size:,} validation"
     counts += f", {len(test_loader.labels):,} test images of {len(classes)} classes"
-    schedule = f"{config.epochs} epochs, batch size {config.batch_size}"
+    schedule = f"{config.epochs} epochs, batch size {config.batch_size}, "
+    schedule += f"learning rate {config.lr:g}"
     drops = f"x {config.gamma:g} after epochs {', '.join(map(str, config.milestones))}"
     kernels = "compiled" if hardware["compiled"] else "eager"
     machine = f"{hardware['device_used']}, {hardware['processor']}, {config.precision}, {kernels}"
     print(f"data      {config.dataset}: {counts}")
     print(f"network   {config.model}, {parameters:,} parameters, seed {config.seed}")
-    print(
-        f"training  {schedule}, learning rate {config.lr:g}, {drops}, weight decay {config.weight_decay:g}"
-    )
+    print(f"training  {schedule}, {drops}, weight decay {config.weight_decay:g}")
     print(f"hardware  {machine}, PyTorch {torch.__version__}")
     print(f"folder    {config.output_dir}")
     held_out = set(val_loader.labels.tolist()) if val_loader else range(len(classes))
