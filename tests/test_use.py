@@ -203,8 +203,9 @@ def test_evaluation_gives_the_errors_of_the_run_and_draws_its_plots_again(
         text = f"{summary[key]:.2f} %  (95 % interval {low:.2f} to {high:.2f})"
         assert text in out
     assert f"{summary['test_loss']:.4f}" in out
-    for name, accuracy in summary["test_class_accuracy"].items():
-        assert re.search(rf"{name} +{accuracy:.1f} %", out)
+    weakest = sorted(summary["test_class_accuracy"].items(), key=lambda item: item[1])[:3]
+    for name, percent in weakest + [*summary["test_most_confused"].items()][:3]:
+        assert re.search(rf"{name} +{percent:.1f} %", out)
     assert {path.name for path in trained.iterdir()} == before.keys()
     for name in before.keys() - drawn:
         assert (trained / name).read_bytes() == before[name]
