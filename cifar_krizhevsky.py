@@ -768,7 +768,8 @@ def print_test(title: str, metrics: dict[str, Any]) -> None:
     weakest = sorted(metrics["test_class_accuracy"].items(), key=lambda item: item[1])
     confused = [*metrics["test_most_confused"].items()]
     shown = 3 if len(weakest) <= 20 else 10
-    for heading, rows in (("lowest accuracy", weakest), ("most confused", confused)):
+    tables = {"lowest accuracy": weakest, "most confused, in % of the true class": confused}
+    for heading, rows in tables.items():
         print(f"  {heading}")
         for name, percent in rows[:shown]:
             print(f"    {name:<32} {percent:5.1f} %")
@@ -810,7 +811,7 @@ def report(
             print(f"  error of the last epoch, one view: {100 - last.top1:.2f} %")
         print(f"the number to report: test error {summary['test_error']:.2f} %, one view")
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
-    save_plot(folder / "curves.png", plot_results, history, best_epoch, title)
+    save_plot(folder / "curves.png", title, plot_results, history, best_epoch)
     save_image_plots(folder, best_model, loader, evaluation, f"{title}: {which}")
     print(f"wrote {folder}: last.pt, best.pt, metrics.csv, summary.json, {', '.join(PLOTS)}")
     command = command_of({"checkpoint": folder / "best.pt"})
@@ -1020,10 +1021,9 @@ def run_title(config: Config) -> str:
     return textwrap.fill(", ".join(parts), 90)
 
 
-def plot_results(figure: Any, history: list[dict], best_epoch: int, title: str) -> None:
+def plot_results(figure: Any, history: list[dict], best_epoch: int) -> None:
     """Draw loss, accuracy and learning rate over the epochs."""
     figure.set_size_inches(11, 3.4)
-    figure.suptitle(title)
     panels = figure.subplots(1, 3)
     columns = {name: [row[name] for row in history] for name in history[0]}
     epochs, marker = columns["epoch"], "." if len(history) < 15 else None
@@ -1044,7 +1044,7 @@ def plot_results(figure: Any, history: list[dict], best_epoch: int, title: str) 
         axes.grid(alpha=0.3)
 
 
-def plot_predictions(figure: Any, loader: CifarLoader, result: Evaluation, title: str) -> None:
+def plot_predictions(figure: Any, loader: CifarLoader, result: Evaluation) -> None:
     """Draw 32 images, evenly from all, and below them the 8 most confident mistakes."""
     count, names = len(result.labels), [plot_label(name) for name in loader.classes]
     probabilities, predicted = result.log_probabilities.exp().max(1)
@@ -1052,7 +1052,6 @@ def plot_predictions(figure: Any, loader: CifarLoader, result: Evaluation, title
     mistakes = [i for i in mistakes.tolist() if predicted[i] != result.labels[i]]
     evenly = [n * count // min(32, count) for n in range(min(32, count))]
     figure.set_size_inches(11, 9)
-    figure.suptitle(title)
     parts = figure.subfigures(2, 1, height_ratios=[4, 1.3])
     parts[1].suptitle("the most confident mistakes", fontsize=10)
     for part, rows, chosen in zip(parts, (4, 1), (evenly, mistakes)):
@@ -1068,7 +1067,7 @@ def plot_predictions(figure: Any, loader: CifarLoader, result: Evaluation, title
             axes.axis("off")
 
 
-def plot_confusion_matrix(figure: Any, loader: CifarLoader, result: Evaluation, title: str) -> None:
+def plot_confusion_matrix(figure: Any, loader: CifarLoader, result: Evaluation) -> None:
     """Draw the percent of each true class (row) predicted as each class (column).
 
     The colors are those of the mistakes; the diagonal, which is far larger, is gray.
@@ -1086,13 +1085,13 @@ def plot_confusion_matrix(figure: Any, loader: CifarLoader, result: Evaluation, 
     rotation, align = (45, "right") if few else (90, "center")
     axes.set_xticks(range(count), rotation=rotation, ha=align, **style)
     axes.set_yticks(range(count), **style)
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    axes.set(xlabel="predicted class", ylabel="true class")
     for i, j in itertools.product(range(count), repeat=2) if few else ():
         color = "white" if mistakes[i, j] > 0.6 * np.nanmax(mistakes) else "black"
         axes.text(j, i, f"{matrix[i, j]:.1f}", ha="center", va="center", fontsize=8, color=color)
 
 
-def plot_filters(figure: Any, weights: Tensor, title: str) -> None:
+def plot_filters(figure: Any, weights: Tensor) -> None:
     """Draw first-layer filters (out, 3, height, width), on one scale for all, sorted by norm."""
     from torchvision.utils import make_grid
 
@@ -1100,13 +1099,13 @@ def plot_filters(figure: Any, weights: Tensor, title: str) -> None:
     weights = weights[weights.flatten(1).norm(dim=1).argsort(descending=True)]
     grid = make_grid(weights / (2 * weights.abs().max()) + 0.5, nrow=16, padding=1, pad_value=1)
     figure.set_size_inches(8, 0.7 + 8 * grid.size(1) / grid.size(2))
-    figure.suptitle(f"{title}\nfirst-layer filters, strongest first (gray is zero)", fontsize=10)
     axes = figure.subplots()
+    axes.set_title("first-layer filters, strongest first (gray is zero)", fontsize=10)
     axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.axis("off")
 
 
-def save_plot(path: Path, draw: Callable[..., None], *args: Any) -> None:
+def save_plot(path: Path, title: str, draw: Callable[..., None], *args: Any) -> None:
     """Draw a figure and write it. One that fails costs a note, never the run."""
     try:
         os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not exist here; none is needed
@@ -1116,6 +1115,7 @@ def save_plot(path: Path, draw: Callable[..., None], *args: Any) -> None:
         with style.context("default"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of names that the font cannot show
             figure = Figure(layout="constrained")
+            figure.suptitle(title, fontsize=10)
             draw(figure, *args)
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=150)
@@ -1128,10 +1128,10 @@ def save_image_plots(
     folder: Path, model: nn.Module, loader: CifarLoader, evaluation: Evaluation, title: str
 ) -> None:
     """Write the plots of a trained network on a set of images."""
-    save_plot(folder / "predictions.png", plot_predictions, loader, evaluation, title)
-    save_plot(folder / "confusion.png", plot_confusion_matrix, loader, evaluation, title)
+    save_plot(folder / "predictions.png", title, plot_predictions, loader, evaluation)
+    save_plot(folder / "confusion.png", title, plot_confusion_matrix, loader, evaluation)
     first_layer = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
-    save_plot(folder / "filters.png", plot_filters, first_layer.weight, title)
+    save_plot(folder / "filters.png", title, plot_filters, first_layer.weight)
 
 
 def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
