@@ -36,7 +36,6 @@ import io
 import itertools
 import json
 import math
-import operator
 import os
 import platform
 import re
@@ -448,19 +447,16 @@ def train_one_epoch(
 def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any]:
     """One run, from its first epoch or from last.pt to the test. Returns what summary.json holds.
 
-    Args:
-        passed: the settings given as flags; with `resume`, those must agree with last.pt.
-
-    Raises:
-        UserError: for anything that the user can fix.
+    `passed` are the settings given as flags: with `resume`, those that must agree with last.pt.
+    Raises UserError for anything that the user can fix.
     """
     # Where the run goes, and what it continues
     started = time.perf_counter()
     rank, world_size = world()
     passed = passed or {}
-    folder = run_folder(config)
+    is_new = config.resume is None and not config.overwrite and not config.output_dir
+    folder, saved = run_folder(config), None
     last = Path(config.resume).expanduser() if config.resume else folder / "last.pt"
-    saved = None
     if config.resume or (config.resume == "" and last.exists()):
         folder, saved = last.parent, load_checkpoint(last, "optimizer")
         config = merge(config, passed, saved, last)
@@ -510,8 +506,12 @@ def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any
             history, best_epoch = saved["history"], saved["best_epoch"]
             best_weights = saved["best_model"]
     ddp_model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    if rank == 0 and is_new:
+        folder = run_folder(config)  # again: another run may have taken that one
+        if not folder.name.endswith(f"-seed{config.seed}"):
+            print(f"note: there are earlier runs, so this one goes to {folder}")
     if rank == 0:
-        folder = make_folder(config, folder)
+        folder.mkdir(parents=True, exist_ok=not is_new)
     config = replace(  # what was chosen is stored, for a resumed run to keep
         config, milestones=milestones, precision=precision, compile="auto" if compiled else "off",
         val_size=len(val_loader.labels) if val_loader else 0, output_dir=str(folder),
@@ -610,7 +610,7 @@ def with_progress(dataloader: CifarLoader, title: str) -> Iterator[tuple[Tensor,
         if sys.stdout.isatty() and number % 10 == 0:
             rate = number * dataloader.batch_size / (time.perf_counter() - started)
             line = f"{title}  batch {number}/{len(dataloader)}  {rate:,.0f} images/s"
-            print(f"\r\x1b[K{line}\r", end="", flush=True)
+            print(f"{line:<79}\r", end="", flush=True)
 
 
 def print_run(
@@ -727,18 +727,18 @@ def confusion_matrix(result: Evaluation) -> Tensor:
     return 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
 
 
-def compute_test_metrics(
-    model: nn.Module, loader: CifarLoader, precision: str
-) -> tuple[dict, Evaluation]:
-    """The test entries of summary.json, in percent, and the single-view evaluation."""
+def measure_test_error(
+    title: str, model: nn.Module, loader: CifarLoader, precision: str
+) -> tuple[dict[str, Any], Evaluation]:
+    """Measure and print the test entries of summary.json, in percent; and the one-view result."""
     single = evaluate_model(model, loader, precision=precision)
     multi = evaluate_model(model, loader, precision=precision, views=TEN_VIEWS)
-    count, classes = len(single.labels), loader.classes
-    matrix = confusion_matrix(single)
-    mistakes = matrix.clone().fill_diagonal_(0).flatten()
-    pairs = mistakes.argsort(descending=True, stable=True)[:10].tolist()
-    names = [(classes[pair // len(classes)], classes[pair % len(classes)]) for pair in pairs]
-    return {
+    count, classes, matrix = len(single.labels), loader.classes, confusion_matrix(single).tolist()
+    accuracies = {name: matrix[i][i] for i, name in enumerate(classes)}
+    pairs = [(i, j) for i in range(len(classes)) for j in range(len(classes)) if i != j]
+    pairs = sorted(pairs, key=lambda pair: -matrix[pair[0]][pair[1]])[:10]
+    confused = {f"{classes[i]} as {classes[j]}": matrix[i][j] for i, j in pairs}
+    metrics = {
         "test_images": count,
         "test_error": 100 - single.top1,
         "test_error_interval": wilson_interval(100 - single.top1, count),
@@ -748,16 +748,10 @@ def compute_test_metrics(
         "test_loss_multi_view": multi.loss,
         "test_top3_error": 100 - single.top3,
         "test_top5_error": 100 - single.top5,
-        "test_class_accuracy": dict(zip(classes, matrix.diagonal().tolist())),
-        "test_most_confused": {
-            f"{t} as {p}": mistakes[i].item() for i, (t, p) in zip(pairs, names)
-        },
-    }, single
-
-
-def print_test(title: str, metrics: dict[str, Any]) -> None:
-    """Print what was measured on the test set."""
-    print(f"\ntest of {title}")
+        "test_class_accuracy": accuracies,
+        "test_most_confused": confused,
+    }
+    print(f"\ntest of {title}, {count:,} images")
     for name, key in (("one view", "test_error"), ("ten views", "test_error_multi_view")):
         low, high = metrics[f"{key}_interval"]
         interval = f"(95 % interval {low:.2f} to {high:.2f})"
@@ -765,14 +759,13 @@ def print_test(title: str, metrics: dict[str, Any]) -> None:
     print(f"  not in the top 3     {metrics['test_top3_error']:6.2f} %")
     print(f"  not in the top 5     {metrics['test_top5_error']:6.2f} %")
     print(f"  loss                 {metrics['test_loss']:8.4f}")
-    weakest = sorted(metrics["test_class_accuracy"].items(), key=lambda item: item[1])
-    confused = [*metrics["test_most_confused"].items()]
-    shown = 3 if len(weakest) <= 20 else 10
+    weakest = dict(sorted(accuracies.items(), key=lambda item: item[1]))
     tables = {"lowest accuracy": weakest, "most confused, in % of the true class": confused}
     for heading, rows in tables.items():
         print(f"  {heading}")
-        for name, percent in rows[:shown]:
+        for name, percent in [*rows.items()][: 3 if len(classes) <= 20 else 10]:
             print(f"    {name:<32} {percent:5.1f} %")
+    return metrics, single
 
 
 def report(
@@ -801,12 +794,13 @@ def report(
         which = "validation images" if config.val_size else "training images"
         evaluation = evaluate_model(best_model, loader, precision=config.precision, views=[CENTER])
     else:
-        metrics, evaluation = compute_test_metrics(best_model, loader, config.precision)
+        epoch = f"the {'best' if config.val_size else 'last'} epoch ({best_epoch})"
+        metrics, evaluation = measure_test_error(
+            f"{epoch} on {config.dataset}", best_model, loader, config.precision
+        )
         last = evaluate_model(last_model, loader, precision=config.precision)
         summary |= metrics | {"last_test_error": 100 - last.top1}
         which = f"test accuracy {evaluation.top1:.2f} %"
-        epoch = f"best epoch ({best_epoch})" if config.val_size else f"last epoch ({best_epoch})"
-        print_test(f"the {epoch} on {len(last.labels):,} test images of {config.dataset}", summary)
         if best_epoch < len(history):
             print(f"  error of the last epoch, one view: {100 - last.top1:.2f} %")
         print(f"the number to report: test error {summary['test_error']:.2f} %, one view")
@@ -814,7 +808,7 @@ def report(
     save_plot(folder / "curves.png", title, plot_results, history, best_epoch)
     save_image_plots(folder, best_model, loader, evaluation, f"{title}: {which}")
     print(f"wrote {folder}: last.pt, best.pt, metrics.csv, summary.json, {', '.join(PLOTS)}")
-    command = command_of({"checkpoint": folder / "best.pt"})
+    command = command_of({"checkpoint": (folder / "best.pt").as_posix()})
     print(f"to classify a picture: {command} --image FILE")
     return summary
 
@@ -865,24 +859,7 @@ def run_folder(config: Config) -> Path:
     number = max((int(match[1] or 1) for match in found), default=0)
     if config.resume is None and not config.overwrite:
         number += 1
-    folder = Path("runs", name if number < 2 else f"{name}-{number}")
-    if number > 1 and not folder.exists():
-        print(f"note: runs/{name} exists, so this run goes to {folder}")
-    return folder
-
-
-def make_folder(config: Config, folder: Path) -> Path:
-    """Make the folder of a run, the next one if another new run has just taken it."""
-    is_new = config.resume is None and not config.overwrite and not config.output_dir
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            folder.mkdir(exist_ok=not is_new)
-            return folder
-        except FileExistsError:
-            if not is_new:
-                raise
-            folder = run_folder(config)
+    return Path("runs", name if number < 2 else f"{name}-{number}")
 
 
 def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: Path) -> Config:
@@ -1186,7 +1163,7 @@ class Classifier:
         loader = self.loader(images, torch.zeros(len(images), dtype=torch.int64))  # labels unused
         output, _ = predict(self.model, loader, self.device, self.precision)
         rows = [zip(self.classes, row) for row in output.exp().tolist()]
-        return [dict(sorted(row, key=operator.itemgetter(1), reverse=True)) for row in rows]
+        return [dict(sorted(row, key=lambda item: -item[1])) for row in rows]
 
 
 def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
@@ -1234,8 +1211,8 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     tune_glibc_malloc()
     model, _ = compile_lrn(classifier.model, config.compile, classifier.device, precision)
     loader = classifier.loader(data.test_images, data.test_labels)
-    metrics, evaluation = compute_test_metrics(model, loader, precision)
-    print_test(f"{path} (epoch {classifier.trained['epoch']}) on {dataset}", metrics)
+    what = f"{path} (epoch {classifier.trained['epoch']}) on {dataset}"
+    _, evaluation = measure_test_error(what, model, loader, precision)
     title = f"{run_title(trained)}: test accuracy {evaluation.top1:.2f} %"
     save_image_plots(folder, model, loader, evaluation, title)
     print(f"wrote {', '.join(PLOTS[1:])} in {folder}")
@@ -1243,9 +1220,8 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
 
 def print_layers(config: Config) -> None:
     """Print the layers of a network with their output shapes and parameters."""
-    classes = 100 if config.dataset == "cifar100" else 10
-    if Path(config.dataset).is_dir():
-        classes = len(read_dataset(config.dataset).classes)
+    classes = {"cifar10": 10, "cifar10-mini": 10, "cifar100": 100}.get(config.dataset)
+    classes = classes or len(read_dataset(config.dataset).classes)
     model = build_model(config, classes).eval()
     line = "{:<14} {:<28} {:>12} {:>12}".format
 
@@ -1266,28 +1242,21 @@ def print_layers(config: Config) -> None:
 # ---- Other networks, with the input and output of KrizhevskyNet ----------------------------------
 
 
-class FiveConvNet(nn.Module):
+class FiveConvNet(nn.Sequential):
     """Five convolutions and four linear layers; dropout of whole channels; 2.8 M parameters."""
 
     def __init__(self, num_classes: int = 10, dropout: float = 0.5) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv2d(8, 32, kernel_size=3, padding=1)
-        self.conv3 = nn.Conv2d(32, 64, kernel_size=3, padding=1)
-        self.conv4 = nn.Conv2d(64, 128, kernel_size=3, padding=1)
-        self.conv5 = nn.Conv2d(128, 256, kernel_size=3)
-        self.fc1 = nn.Linear(256 * 6 * 6, 256)
-        self.fc2 = nn.Linear(256, 128)
-        self.fc3 = nn.Linear(128, 64)
-        self.fc4 = nn.Linear(64, num_classes)
-        self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
-        self.dropout = nn.Dropout2d(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(self.pool(self.conv2(self.conv1(x).relu()).relu()))
-        x = self.dropout(self.pool(self.conv4(self.conv3(x).relu()).relu()))
-        x = self.conv5(x).relu().flatten(1)
-        return self.fc4(self.fc3(self.fc2(self.fc1(x).relu()).relu()).relu())
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(dropout),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(dropout),
+            nn.Conv2d(128, 256, 3), nn.ReLU(), nn.Flatten(),
+            nn.Linear(256 * 6 * 6, 256), nn.ReLU(),
+            nn.Linear(256, 128), nn.ReLU(),
+            nn.Linear(128, 64), nn.ReLU(),
+            nn.Linear(64, num_classes),
+        )  # fmt: skip
 
 
 class AlexNet(nn.Module):
@@ -1370,7 +1339,7 @@ MODELS |= {"alexnet": AlexNet, "compact": CompactNet}
 
 
 class _LRNParams(NamedTuple):
-    before: int  # channels of the window on either side of its center, as far as there are any
+    before: int  # channels of the window on either side of its center
     after: int
     alpha_over_size: float
     beta: float
@@ -1431,7 +1400,7 @@ class _LRNFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, lrn: LocalResponseNormalization) -> Tensor:
         channels = x.size(1)
-        before, after = min(lrn.size // 2, channels - 1), min((lrn.size - 1) // 2, channels - 1)
+        before, after = lrn.size // 2, (lrn.size - 1) // 2
         p = _LRNParams(before, after, lrn.alpha / lrn.size, lrn.beta, lrn.k, lrn.relu)
         ctx.params, ctx.compiled = p, lrn.compiled
         images = x.permute(0, 2, 3, 1).contiguous()
@@ -1686,10 +1655,9 @@ def join_torchrun(config: Config) -> None:
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto": CUDA, else MPS, else the CPU. A GPU becomes the current."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto" and not has_cuda and shutil.which("nvidia-smi"):
-        note = "this PyTorch cannot use the NVIDIA GPU; pytorch.org has one that can"
-        print(f"note: {note}", file=sys.stderr)
     if name == "auto":
+        if not has_cuda and shutil.which("nvidia-smi"):
+            print("note: this PyTorch cannot use the NVIDIA GPU; see pytorch.org", file=sys.stderr)
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun, a GPU each
@@ -1789,7 +1757,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, An
     words = sys.argv[1:] if argv is None else argv
     words = [re.sub("^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in words]
     passed = vars(parser.parse_args(words))
-    recipe = RECIPES.get(passed.get("recipe"), {})
+    recipe = RECIPES.get(passed.get("recipe", Config().recipe), {})
     config = Config(**recipe | passed)
     check(config, passed)
     if recipe.keys() & passed.keys():
@@ -1817,6 +1785,8 @@ def check(config: Config, passed: dict[str, Any]) -> None:
     for one, other in exclusive:
         if passed.keys() >= {one, other}:
             raise UserError(f"{flag_name(one)} and {flag_name(other)} exclude each other", 2)
+    if config.seeds and config.resume:
+        raise UserError("--seeds takes --resume without a FILE", 2)
     if bool(config.checkpoint) != bool(passed.keys() & {"evaluate", "image", "image_dir"}):
         raise UserError("--checkpoint goes with --image FILE, --image-dir DIR or --evaluate", 2)
 
