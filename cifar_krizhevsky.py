@@ -907,7 +907,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     if world()[0] > 0:
         return
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -1436,6 +1436,8 @@ def compile_lrn(
     has_lrn = any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
     if not has_lrn or wanted == "off" or (wanted == "auto" and device.type == "mps"):
         return model, False
+    import torch._dynamo  # fails here, in one line, where its cache cannot be made
+
     fast = copy.deepcopy(model).eval()
     for (name, previous), (_, layer) in itertools.pairwise([*fast.named_modules()]):
         if isinstance(layer, LocalResponseNormalization):
@@ -1447,8 +1449,8 @@ def compile_lrn(
     images = images.to(memory_format=memory_format(device))
     try:
         without_bf16 = device.type == "cuda" and choose_precision("auto", device) == "fp32"
-        if precision == "bf16" and without_bf16:  # torch.compile would silently do nothing
-            raise RuntimeError("this GPU has no bf16")
+        if torch._dynamo.config.disable or (precision == "bf16" and without_bf16):
+            raise RuntimeError("TORCH_COMPILE_DISABLE is set, or this GPU has no bf16")
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = fast(images).float()
             expected = copy.deepcopy(model).eval()(images).float()
@@ -1544,8 +1546,9 @@ def list_pictures(folder: Path) -> list[Path]:
     from PIL import Image
 
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    hidden = re.compile(r"(^|/)(\.|__)")  # no data: .ipynb_checkpoints, ._x.png, __MACOSX
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    walk = os.walk(folder, followlinks=True)  # which rglob does not
+    files = sorted(Path(parent, name) for parent, _, names in walk for name in names)
+    hidden = re.compile(r"(^|/)(\.|__MACOSX/)")  # no data: .ipynb_checkpoints, ._x.png
     files = [path for path in files if not hidden.search(path.relative_to(folder).as_posix())]
     found = [path for path in files if path.suffix.lower() in suffixes]
     if len(found) < len(files):
@@ -1590,7 +1593,10 @@ def read_image_folders(folder: Path) -> Dataset:
     """The pictures in folder/train/CLASS and folder/test/CLASS."""
     images, names, broken = [], [], []
     for part in (folder / "train", folder / "test"):
-        paths = [path for path in list_pictures(part) if path.parent != part]
+        found = list_pictures(part)
+        paths = [path for path in found if path.parent != part]
+        if len(paths) < len(found):
+            print(f"note: {len(found) - len(paths)} pictures in {part} are in no folder of a class")
         if not paths:
             raise UserError(f"--dataset: {part} should hold a folder of pictures for each class", 2)
         names.append([path.relative_to(part).parts[0] for path in paths])
@@ -1785,8 +1791,8 @@ def check(config: Config, passed: dict[str, Any]) -> None:
     for one, other in exclusive:
         if passed.keys() >= {one, other}:
             raise UserError(f"{flag_name(one)} and {flag_name(other)} exclude each other", 2)
-    if config.seeds and config.resume:
-        raise UserError("--seeds takes --resume without a FILE", 2)
+    if config.resume and passed.keys() & {"seeds", "output_dir"}:
+        raise UserError("--resume FILE goes on in FILE's folder: no --seeds, no --output-dir", 2)
     if bool(config.checkpoint) != bool(passed.keys() & {"evaluate", "image", "image_dir"}):
         raise UserError("--checkpoint goes with --image FILE, --image-dir DIR or --evaluate", 2)
 
@@ -1810,7 +1816,7 @@ def main(argv: list[str] | None = None) -> int:
     with_torchrun = distributed.is_available() and distributed.is_torchelastic_launched()
     rank = int(os.environ["RANK"]) if with_torchrun else 0
     try:
-        if rank > 0:
+        if rank > 0 or sys.stdout is None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):

@@ -43,6 +43,8 @@ def saving(folder: Path) -> bool:
 
 def wait_and_kill(process: subprocess.Popen, folder: Path, chance: random.Random, in_a_save: bool):
     """Kill the process at a random moment or within its next save, unless it ends before that."""
+    for left_over in folder.glob(".*.tmp"):  # of the process that was killed before
+        left_over.unlink()
     process.stdout.readline()  # it has been imported
     deadline = time.monotonic() + chance.uniform(0, LONGEST_WAIT)
     while process.poll() is None and time.monotonic() < deadline:

@@ -285,6 +285,19 @@ def test_hidden_files_and_folders_are_no_data_and_other_files_one_note(ck, pictu
     assert note.startswith("note: 3 files")
 
 
+def test_linked_folders_count_and_pictures_beside_the_classes_are_noted(ck, pictures, capsys):
+    cat = pictures / "train" / "cat"
+    (cat.rename(pictures / "cats"), cat.symlink_to(pictures / "cats"))
+    for part in ("train", "test"):
+        shutil.copytree(pictures / part / "dog", pictures / part / "__background__")
+    shutil.copy(pictures / "train" / "dog" / "00.png", pictures / "train" / "stray.png")
+    data = ck.read_dataset(str(pictures))
+    assert data.classes == ["__background__", "cat", "dog"]
+    assert data.labels.bincount().tolist() == [20, 20, 20]
+    (note,) = "".join(capsys.readouterr()).splitlines()
+    assert note.startswith("note: 1 pictures in") and "train" in note
+
+
 def test_every_format_that_pillow_opens_counts_in_folders_of_folders_too(ck, pictures):
     folder = pictures / "train" / "cat" / "more"
     folder.mkdir()
