@@ -153,12 +153,12 @@ def test_a_fresh_clone_classifies_the_samples():
     assert result.code == 0, result.err
     rows = json.loads(result.out)
     right = [next(iter(row["classes"])) == Path(row["file"]).parent.name for row in rows]
-    assert len(right) == 100 and sum(right) >= 85
+    assert len(right) == 101 and sum(right) >= 85  # the photo is in no folder of a class
 
 
 def test_the_samples_are_images_of_the_test_set(read, cifar10_dir):
     data = read("cifar10", cifar10_dir)
-    for path in (ROOT / "data" / "samples").rglob("*.png"):
+    for path in (ROOT / "data" / "samples").glob("*/*.png"):
         pixels = data.test_images[int(path.stem)].permute(1, 2, 0).numpy()
         assert np.array_equal(np.asarray(Image.open(path)), pixels)
         assert data.classes[data.test_labels[int(path.stem)]] == path.parent.name
