@@ -444,10 +444,13 @@ def train_one_epoch(
     return loss / count, 100 * correct / count
 
 
-def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any]:
+def train(
+    config: Config, passed: dict[str, Any] | None = None, command: str = ""
+) -> dict[str, Any]:
     """One run, from its first epoch or from last.pt to the test. Returns what summary.json holds.
 
     `passed` are the settings given as flags: with `resume`, those that must agree with last.pt.
+    `command` is what summary.json records, by default the command line with these flags.
     Raises UserError for anything that the user can fix.
     """
     # Where the run goes, and what it continues
@@ -580,7 +583,7 @@ def train(config: Config, passed: dict[str, Any] | None = None) -> dict[str, Any
     # The test
     best_model = copy.deepcopy(model)
     best_model.load_state_dict(best_weights)
-    facts = hardware | {"command": command_of(passed), "data_digest": digest}
+    facts = hardware | {"command": command or command_of(passed), "data_digest": digest}
     facts |= {"train_images": len(train_loader.labels), "setup_seconds": setup_seconds}
     facts["norm"] = config.norm if config.model in WITH_LRN else "none"
     loader = test_loader if not config.no_test else val_loader or train_loader
@@ -827,7 +830,8 @@ def train_seeds(config: Config, passed: dict[str, Any]) -> None:
         print(f"\nseed {seed} of 0 to {config.seeds - 1}")
         own: dict[str, Any] = {"seed": seed, "seeds": None, "output_dir": f"{folder}/seed{seed}"}
         own["resume"] = "" if Path(own["output_dir"], "last.pt").exists() else None
-        summaries.append(train(replace(config, **own), settings | passed | own))
+        command = command_of(passed | own)
+        summaries.append(train(replace(config, **own), settings | passed | own, command))
     if len({(summary["data_digest"], summary["epochs"]) for summary in summaries}) > 1:
         raise UserError("the seeds differ in their data, --val-size or --epochs: no mean of them")
     print(f"\n{config.seeds} seeds of {config.dataset}, mean ± standard deviation")
