@@ -655,10 +655,10 @@ def print_epoch(history: list[dict], epochs: int, is_best: bool, header: bool) -
     speed = {"images/s": f"{row['images_per_second']:,.0f}", "seconds": f"{row['seconds']:.1f}"}
     groups.append(speed | {"left": str(left)})
     if header:
-        print(" |".join("".join(f"{name:>11}" for name in group) for group in groups))
+        print(" | ".join("".join(f"{name:>10}" for name in group) for group in groups))
     elif row["learning_rate"] != history[-2]["learning_rate"]:
         print(f"{'':>8}the learning rate is now {row['learning_rate']:g}".ljust(80))
-    line = " |".join("".join(f"{cell:>11}" for cell in group.values()) for group in groups)
+    line = " | ".join("".join(f"{cell:>10}" for cell in group.values()) for group in groups)
     print(line + (" *" if is_best and row["val_loss"] is not None else ""), flush=True)
 
 
@@ -792,7 +792,6 @@ def report(
         "images_per_second": statistics.median(row["images_per_second"] for row in history),
         "training_seconds": sum(row["seconds"] for row in history),
     }  # fmt: skip
-    title = run_title(config)
     if config.no_test:
         which = "validation images" if config.val_size else "training images"
         evaluation = evaluate_model(best_model, loader, precision=config.precision, views=[CENTER])
@@ -808,8 +807,9 @@ def report(
             print(f"  error of the last epoch, one view: {100 - last.top1:.2f} %")
         print(f"the number to report: test error {summary['test_error']:.2f} %, one view")
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    title = f"{run_title(config)}: {which}"
     save_plot(folder / "curves.png", title, plot_results, history, best_epoch)
-    save_image_plots(folder, best_model, loader, evaluation, f"{title}: {which}")
+    save_image_plots(folder, best_model, loader, evaluation, title)
     print(f"wrote {folder}: last.pt, best.pt, metrics.csv, summary.json, {', '.join(PLOTS)}")
     command = command_of({"checkpoint": (folder / "best.pt").as_posix()})
     print(f"to classify a picture: {command} --image FILE")
@@ -1037,7 +1037,7 @@ def plot_predictions(figure: Any, loader: CifarLoader, result: Evaluation) -> No
     parts[1].suptitle("the most confident mistakes", fontsize=10)
     for part, rows, chosen in zip(parts, (4, 1), (evenly, mistakes)):
         for n, i in enumerate(chosen, start=1):
-            percent = "> 99 %" if probabilities[i] > 0.99 else f"{probabilities[i]:.0%}"
+            percent = ">99%" if probabilities[i] > 0.99 else f"{probabilities[i]:.0%}"
             text, style = f"{names[predicted[i]]} {percent}", {"color": "black"}
             if predicted[i] != result.labels[i]:
                 text += f"\n✗ is {names[result.labels[i]]}"
