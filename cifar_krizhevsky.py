@@ -80,7 +80,7 @@ class Config:
     dataset: str            = flag("cifar10", "cifar10, cifar100, cifar10-mini, or a folder with train/CLASS/* and test/CLASS/*")
     data_dir: str           = flag("data", "where the data sets are kept; the first run downloads them")
     val_size: int | None    = flag(None, "training images held out (default: a tenth); 0: train on all, report the last epoch", min=0)
-    inputs: str             = flag("standardized", "or 0-255: minus the mean only, cuda-convnet's input scale", choices=["standardized", "0-255"])
+    inputs: str             = flag("standardized", "standardized: mean 0 and std 1; 0-255: minus the mean only, as in cuda-convnet", choices=["standardized", "0-255"])
     # network
     model: str              = flag("krizhevsky", "which network", choices=["krizhevsky", "five-conv", "alexnet", "compact"])
     norm: str               = flag("lrn", "normalization of krizhevsky and alexnet", choices=["lrn", "none"])

@@ -17,6 +17,8 @@ from benchmark import markdown, network_rows, speed_rows
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PAGES = [RESULTS.parent / "README.md", RESULTS / "README.md"]
 RECIPES = {  # the folder of a published run, and the command that makes it with today's script
+    "cifar10-quick": "python cifar_krizhevsky.py --recipe quick",
+    "cifar10-short": "python cifar_krizhevsky.py --recipe short",
     "cifar10-default": "python cifar_krizhevsky.py",
     "cifar10-best": "python cifar_krizhevsky.py --recipe best",
     "cifar100-default": "python cifar_krizhevsky.py --dataset cifar100",
@@ -45,7 +47,7 @@ def beside(run: dict, name: str, pattern: str) -> list[str]:
 LRN = "n = {lrn_size}, α = {lrn_alpha}, k = {lrn_k:g}"
 LARGEST, ACCURACIES = r"^norm.* ([\d.]+)$", r"^(?:none|all) +([\d.]+) %$"  # in denominators.txt
 COLUMNS = {  # of the tables with a row for each run, besides the keys of summary.json
-    "folder": lambda run: f"`{run['path'].parent.name}`",
+    "folder": lambda run: f"`{run['path'].parent.relative_to(RESULTS)}`",
     "file": lambda run: f"`{run['path'].name}`",
     "LRN": lambda run: LRN.format(**run) if run["norm"] == "lrn" else "none",
     "largest d / k": lambda run: ", ".join(beside(run, "denominators.txt", LARGEST)),
@@ -70,11 +72,13 @@ def summaries(pattern: str, columns: str) -> Iterator[dict]:
 def recipes() -> Iterator[dict]:
     for folder, command in RECIPES.items():
         runs = load(f"{folder}/**/summary.json")
+        if not runs:
+            continue
         row = {"command": f"`{command}`", "epochs": runs[0]["epochs"]}
         row["test accuracy (%)"] = percent(*(100 - run["test_error"] for run in runs))
         row["ten views (%)"] = percent(*(100 - run["test_error_multi_view"] for run in runs))
         minutes = statistics.mean(run["training_seconds"] for run in runs) / 60
-        yield row | {"minutes": f"{minutes:.0f}", "n": len(runs)}
+        yield row | {"minutes": f"{minutes:.3g}", "n": len(runs)}
 
 
 def comparison() -> Iterator[dict]:
@@ -98,12 +102,18 @@ def precision() -> Iterator[dict]:
 RUNS = "folder, epochs, lr, weight_decay, best validation, test accuracy, test error, ten views"
 ABLATION = "folder, inputs, LRN, largest d / k, LRN → constants, training, best validation"
 SEARCH = "file, epochs, best validation, last validation, minutes, command"
+SHORT_SEARCH = "file, epochs, batch_size, lr, weight_decay, gamma, milestones, LRN"
+SEEDS = "folder, seed, best_epoch, best validation, test error, ten views, last epoch, minutes"
 TABLES = {
     "recipes": recipes,
     "runs": lambda: summaries("*/summary.json", f"{RUNS}, last epoch, minutes, command"),
     "comparison": comparison,
     "ablation": lambda: summaries("ablation-*/summary.json", f"{ABLATION}, test error, ten views"),
-    "search": lambda: summaries("search/*.json", SEARCH),
+    "seeds": lambda: summaries("*/seed?/summary.json", SEEDS),
+    "search": lambda: summaries("search/[!qm]*.json", SEARCH),
+    "search-quick": lambda: summaries(
+        "search/[qm]*.json", f"{SHORT_SEARCH}, best validation, last validation"
+    ),
     "precision": precision,
     "speed": lambda: speed_rows(load("speed.json")[0]["results"]),
     "speed-slower-hour": lambda: speed_rows(load("speed-slower-hour.json")[0]["results"]),
