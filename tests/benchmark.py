@@ -151,9 +151,8 @@ def this_script(
     model, compiled = script.compile_lrn(model, contender.compile, device, precision)
     criterion = nn.CrossEntropyLoss()
     optimizer = optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay,
-        fused=device.type != "mps",
-    )  # fmt: skip
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+    )
     batches = full_batches(train_loader)
 
     def advance(steps: int) -> None:

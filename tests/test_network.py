@@ -279,7 +279,7 @@ def test_no_step_of_training_waits_for_the_device_or_uses_the_cpu(ck, images, na
         batches = itertools.chain([first], batches)
         ck.train_one_epoch(model, batches, nn.CrossEntropyLoss(), optimizer, "meta")
     assert len(steps) == 3
-    for parameter in model.parameters():  # else fused SGD and DistributedDataParallel copy them
+    for parameter in model.parameters():  # else DistributedDataParallel copies them
         assert parameter.grad.stride() == parameter.stride()
 
 
