@@ -536,9 +536,12 @@ def train(
 
     # The epochs
     save(new_best=best_epoch > 0)
-    if rank == 0 and len(history) < config.epochs:  # results of a shorter or replaced run
-        for name in ["summary.json", *PLOTS] + ([] if best_epoch else ["best.pt"]):
-            (folder / name).unlink(missing_ok=True)
+    stale = [*folder.glob(".*.tmp")]  # of a process that was killed
+    if len(history) < config.epochs:  # and the results of a shorter or replaced run
+        names = ["summary.json", *PLOTS] + ([] if best_epoch else ["best.pt"])
+        stale += [folder / name for name in names]
+    for path in stale if rank == 0 else ():
+        path.unlink(missing_ok=True)
     writer = None
     if config.tensorboard and rank == 0:
         writer = SummaryWriter(folder, purge_step=0)  # hides what the files of a stopped run hold

@@ -57,8 +57,8 @@ def test_a_table_that_is_not_up_to_date_is_noticed(tmp_path, monkeypatch, capsys
 
 
 def test_every_published_run_has_its_weights_and_its_row():
-    with_weights = {path.parent.name for path in RESULTS.glob("*/best.pt")}
-    assert with_weights == set(PUBLISHED) == set(make_tables.RECIPES)
+    with_weights = {path.relative_to(RESULTS).parts[0] for path in RESULTS.rglob("best.pt")}
+    assert set(PUBLISHED) < with_weights <= set(make_tables.RECIPES)
     page = (RESULTS / "README.md").read_text()
     assert all(f"| `{name}` | {run['epochs']} |" in page for name, run in RUNS.items())
 
@@ -94,7 +94,8 @@ def test_the_search_for_hyperparameters_never_saw_the_test_set():
 def test_the_published_commands_still_make_those_runs(ck):
     """As they were typed, and for the best of them as the README gives them today."""
     pairs = [(run["command"], run) for run in (*RUNS.values(), *SEARCH.values())]
-    pairs += [(command, RUNS[name]) for name, command in make_tables.RECIPES.items()]
+    for name, command in make_tables.RECIPES.items():
+        pairs += [(command, run) for run in make_tables.load(f"{name}/**/summary.json")[:1]]
     for command, run in pairs:
         config, _ = ck.parse_arguments(shlex.split(command)[2:])
         tenth = 500 if run["dataset"] == "cifar10-mini" else 5000
