@@ -41,7 +41,8 @@ def main() -> None:
             slow = runs[0]["epochs"] * runs[0]["train_images"] / speed / 60
             axes.plot(slow, error, "s", color="tab:gray")
             text = "default at the speed\nof the listed script"
-            axes.annotate(text, (slow, error), (8, 8), **place | {"ha": "right", "va": "bottom"})
+            place |= {"ha": "right", "va": "bottom", "color": "dimgray"}
+            axes.annotate(text, (slow, error), (8, 8), **place)
     axes.plot(*zip(*CUDA_CONVNET), "^", color="tab:red")
     for minutes, error in CUDA_CONVNET:
         place = {"textcoords": "offset points", "color": "tab:red"}
