@@ -98,7 +98,7 @@ class Config:
     weight_decay: float     = flag(5e-4, "L2 penalty on all parameters", min=0)
     label_smoothing: float  = flag(0.0, "label smoothing", min=0, below=1)
     gamma: float            = flag(0.1, "learning rate factor at each milestone", above=0)
-    milestones: list[float] = flag([0.3, 0.6, 0.8], "epochs after which the learning rate drops; below 1: as fractions of all epochs", above=0)
+    milestones: list[float] = flag([0.3, 0.6, 0.8], "epochs after which the learning rate drops; below 1: as fractions of all epochs", above=0, nargs="+")
     seed: int               = flag(0, "random seed (init, shuffling, augmentation, dropout; the split is fixed)", min=0)
     seeds: int | None       = flag(None, "run seeds 0 to N-1, each in its own folder; print mean and std", min=1)
     # evaluation
@@ -118,7 +118,7 @@ class Config:
     summary: bool           = flag(False, "print the layers of the network and exit")
     checkpoint: str | None  = flag(None, "a trained network (best.pt) for --evaluate, --image or --image-dir")
     evaluate: bool          = flag(False, "test --checkpoint again and redraw its plots")
-    image: list[str] | None = flag(None, "classify these pictures with --checkpoint")
+    image: list[str] | None = flag(None, "classify these pictures with --checkpoint", nargs="+")
     image_dir: str | None   = flag(None, "classify every picture in this folder and below")
     show_all_probs: bool    = flag(False, "with pictures: print every class, not the top 3")
     json: bool              = flag(False, "with pictures: print JSON")
@@ -444,9 +444,7 @@ def train_one_epoch(
     return loss / count, 100 * correct / count
 
 
-def train(
-    config: Config, passed: dict[str, Any] | None = None, command: str = ""
-) -> dict[str, Any]:
+def train(config: Config, passed: dict[str, Any] | None = None, command: str = "") -> dict:
     """One run, from its first epoch or from last.pt to the test. Returns what summary.json holds.
 
     `passed` are the settings given as flags: with `resume`, those that must agree with last.pt.
@@ -463,10 +461,10 @@ def train(
     if config.resume or (config.resume == "" and last.exists()):
         folder, saved = last.parent, load_checkpoint(last, "optimizer")
         config = merge(config, passed, saved, last)
+    elif not config.overwrite and (last.exists() or (folder / "best.pt").exists()):
+        raise UserError(f"{folder} holds a run: --resume continues it, --overwrite replaces it", 2)
     elif config.resume == "":
         print(f"note: nothing to resume in {folder}, starting at the first epoch")
-    elif last.exists() and not config.overwrite:
-        raise UserError(f"{folder} holds a run: --resume continues it, --overwrite replaces it", 2)
 
     # Device, data, network, optimizer
     if config.tensorboard:
@@ -536,7 +534,7 @@ def train(
 
     # The epochs
     save(new_best=best_epoch > 0)
-    stale = [*folder.glob(".*.tmp")]  # of a process that was killed
+    stale = [*folder.glob(".*.[0-9]*.tmp")]  # of a process that was killed
     if len(history) < config.epochs:  # and the results of a shorter or replaced run
         names = ["summary.json", *PLOTS] + ([] if best_epoch else ["best.pt"])
         stale += [folder / name for name in names]
@@ -741,7 +739,7 @@ def measure_test_error(
     multi = evaluate_model(model, loader, precision=precision, views=TEN_VIEWS)
     count, classes, matrix = len(single.labels), loader.classes, confusion_matrix(single).tolist()
     accuracies = {name: matrix[i][i] for i, name in enumerate(classes)}
-    pairs = [(i, j) for i in range(len(classes)) for j in range(len(classes)) if i != j]
+    pairs = itertools.permutations(range(len(classes)), 2)
     pairs = sorted(pairs, key=lambda pair: -matrix[pair[0]][pair[1]])[:10]
     confused = {f"{classes[i]} as {classes[j]}": matrix[i][j] for i, j in pairs}
     metrics = {
@@ -759,8 +757,7 @@ def measure_test_error(
     }
     print(f"\ntest of {title}, {count:,} images")
     for name, key in (("one view", "test_error"), ("ten views", "test_error_multi_view")):
-        low, high = metrics[f"{key}_interval"]
-        interval = f"(95 % interval {low:.2f} to {high:.2f})"
+        interval = "(95 % interval {:.2f} to {:.2f})".format(*metrics[f"{key}_interval"])
         print(f"  error, {name:<13} {metrics[key]:6.2f} %  {interval}")
     print(f"  not in the top 3     {metrics['test_top3_error']:6.2f} %")
     print(f"  not in the top 5     {metrics['test_top5_error']:6.2f} %")
@@ -799,10 +796,8 @@ def report(
         which = "validation images" if config.val_size else "training images"
         evaluation = evaluate_model(best_model, loader, precision=config.precision, views=[CENTER])
     else:
-        epoch = f"the {'best' if config.val_size else 'last'} epoch ({best_epoch})"
-        metrics, evaluation = measure_test_error(
-            f"{epoch} on {config.dataset}", best_model, loader, config.precision
-        )
+        what = f"the {'best' if config.val_size else 'last'} epoch ({best_epoch}), {config.dataset}"
+        metrics, evaluation = measure_test_error(what, best_model, loader, config.precision)
         last = evaluate_model(last_model, loader, precision=config.precision)
         summary |= metrics | {"last_test_error": 100 - last.top1}
         which = f"test accuracy {evaluation.top1:.2f} %"
@@ -875,7 +870,9 @@ def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: P
     Raises UserError for another flag that contradicts it, and for fewer epochs than are done.
     """
     old = saved["config"]
-    config = replace(config, milestones=resolve_milestones(config.milestones, old.epochs))
+    # fractions are of the epochs that the run began with, which may have been fewer
+    drops = [resolve_milestones(config.milestones, n) for n in range(old.epochs, 0, -1)]
+    config = replace(config, milestones=old.milestones if old.milestones in drops else drops[0])
     open_yet = {"val_size": None, "precision": "auto", "recipe": None}  # left to the start of a run
     differ = {
         name: value for name, value in asdict(old).items()
@@ -890,7 +887,7 @@ def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: P
     if kept:
         print(f"note: as in {path}, and not as in Config: {shown}")
     overlay = {name: passed[name] for name in RESUMABLE & passed.keys()}
-    merged = replace(old, **{"no_test": False} | overlay)
+    merged = replace(old, **{"no_test": config.no_test} | overlay)
     if merged.epochs != old.epochs:
         merged.recipe = None
     if merged.epochs < saved["epoch"]:
@@ -951,11 +948,15 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
     """Report whatever goes wrong with a checkpoint in one line that names the file."""
     try:
         yield
-    except (UserError, MemoryError, OSError):
+    except (UserError, MemoryError):
         raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:
-        message = f"cannot use {path}: damaged, or of another network ({reason(error)})"
-        raise UserError(message) from None
+        # whose message would tell how to run the code in the file
+        is_code = type(error).__name__ == "UnpicklingError"
+        why = "it holds more than tensors, numbers and text" if is_code else reason(error)
+        raise UserError(f"cannot use {path}: damaged, or of another network ({why})") from None
 
 
 def load_checkpoint(path: Path, key: str) -> dict[str, Any]:
@@ -993,14 +994,12 @@ def plot_label(name: str) -> str:
 
 def run_title(config: Config) -> str:
     """The title of a run's plots: what it trained, and the hyperparameters that are not usual."""
-    usual = Config(**RECIPES.get(config.recipe or "", {}))
+    usual = Config(model=config.model, **RECIPES.get(config.recipe or "", {}))
     usual.milestones = resolve_milestones(usual.milestones, config.epochs)
-    names = [option.name for option in fields(Config)]
-    names = names[names.index("inputs") : names.index("seed")]
     parts = [plot_label(Path(config.dataset).name), config.model, f"seed {config.seed}"]
-    for name in names:
-        value = getattr(config, name)
-        if name != "model" and value != getattr(usual, name):
+    names = [*asdict(config)]
+    for name in names[names.index("inputs") : names.index("seed")]:
+        if (value := getattr(config, name)) != getattr(usual, name):
             parts.append(f"{name.replace('_', ' ')} {value}")
     return textwrap.fill(", ".join(parts), 90)
 
@@ -1185,10 +1184,8 @@ def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
     if not pictures:
         return 1
     results = classifier.classify(torch.stack([*pictures.values()]))
-    labeled = [
-        path.parent.name == next(iter(row)) for path, row in zip(pictures, results)
-        if path.parent.name in row
-    ]  # fmt: skip
+    named = [(path.parent.name, row) for path, row in zip(pictures, results)]
+    labeled = [next(iter(row)) == name for name, row in named if name in row]
     shown = None if config.show_all_probs else 3
     rows = {str(path): dict([*row.items()][:shown]) for path, row in zip(pictures, results)}
     if config.json:
@@ -1220,7 +1217,7 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     loader = classifier.loader(data.test_images, data.test_labels)
     what = f"{path} (epoch {classifier.trained['epoch']}) on {dataset}"
     _, evaluation = measure_test_error(what, model, loader, precision)
-    title = f"{run_title(trained)}: test accuracy {evaluation.top1:.2f} %"
+    title = f"{run_title(replace(trained, dataset=dataset))}: test accuracy {evaluation.top1:.2f} %"
     save_image_plots(folder, model, loader, evaluation, title)
     print(f"wrote {', '.join(PLOTS[1:])} in {folder}")
 
@@ -1494,10 +1491,10 @@ def read_cifar(name: str, data_dir: Path) -> Dataset:
     reader_name, mean, std = CIFAR[name]
     reader = getattr(datasets, reader_name)
     try:
-        reader(str(data_dir))
+        train = reader(str(data_dir))
     except RuntimeError:
-        download(reader, data_dir)
-    train, test = reader(str(data_dir), train=True), reader(str(data_dir), train=False)
+        train = download(reader, data_dir)
+    test = reader(str(data_dir), train=False)
     images, test_images = (torch.from_numpy(d.data).permute(0, 3, 1, 2) for d in (train, test))
     labels, test_labels = (torch.tensor(d.targets) for d in (train, test))
     return Dataset(images, labels, test_images, test_labels, train.classes, mean, std)
@@ -1553,8 +1550,8 @@ def list_pictures(folder: Path) -> list[Path]:
     from PIL import Image
 
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    walk = os.walk(folder, followlinks=True)  # which rglob does not
-    files = sorted(Path(parent, name) for parent, _, names in walk for name in names)
+    parts = [(path, *path.rglob("*")) for path in folder.iterdir()]  # a class may be a link
+    files = sorted(path for part in parts for path in part if path.is_file())
     hidden = re.compile(r"(^|/)(\.|__MACOSX/)")  # no data: .ipynb_checkpoints, ._x.png
     files = [path for path in files if not hidden.search(path.relative_to(folder).as_posix())]
     found = [path for path in files if path.suffix.lower() in suffixes]
@@ -1712,11 +1709,10 @@ def describe_hardware(device: torch.device, precision: str, compiled: bool) -> d
     elif (cpu_info := Path("/proc/cpuinfo")).exists():
         names = re.findall(r"model name\s*:\s*(.+)", cpu_info.read_text())
         processor = (*names, processor)[0]
-    version = str(torch.__version__)  # without its subclass, which weights_only does not load
     return {
         "processor": processor, "device_used": device.type, "threads": torch.get_num_threads(),
-        "processes": world()[1], "torch_version": version, "precision_used": precision,
-        "compiled": compiled,
+        "processes": world()[1], "precision_used": precision, "compiled": compiled,
+        "torch_version": str(torch.__version__),  # weights_only does not load its subclass
     }  # fmt: skip
 
 
@@ -1751,8 +1747,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, An
     """The configuration, and the flags that were passed, by the names of their settings."""
     description, commands = [*(__doc__ or "").split("\n\n"), ""][:2]
     recipes = [f"    {name:<7} {settings}" for name, settings in RECIPES.items()]
+    epilog = "\n".join(["recipes:", *recipes, "", "examples:", commands])
     parser = OneLineParser(
-        description=description, epilog="\n".join(["recipes:", *recipes, "", "examples:", commands]),
+        description=description, epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
@@ -1761,8 +1758,6 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, An
         kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in declared)
         settings = {key: rules[key] for key in ("nargs", "const", "choices") if key in rules}
         settings |= {"action": "store_true"} if kind is bool else {"type": kind}
-        if "list" in declared:
-            settings["nargs"] = "+"
         if isinstance(default, list):
             default = " ".join(map(str, default))
         shown = "" if default is None or kind is bool else f" (default: {default})"
@@ -1791,8 +1786,10 @@ def check(config: Config, passed: dict[str, Any]) -> None:
                 allowed = least <= item and above < item < rules.get("below", math.inf)
             if not allowed:
                 keys = rules.keys() & {"choices", "min", "above", "below"}
-                limits = ", ".join(f"{key} {rules[key]}" for key in sorted(keys)) or "not empty"
-                raise UserError(f"{name} {item}: must be {limits}", 2)
+                limits = [f"{key} {rules[key]}" for key in sorted(keys)] or ["not empty"]
+                if isinstance(item, float):
+                    limits.append("finite")
+                raise UserError(f"{name} {item}: must be {', '.join(limits)}", 2)
     exclusive = [("resume", "overwrite"), ("seeds", "seed"), ("seeds", "overwrite")]
     exclusive += [("evaluate", "image"), ("evaluate", "image_dir")]
     for one, other in exclusive:

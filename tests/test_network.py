@@ -323,7 +323,7 @@ def test_compiled_is_eager(networks):
 
 def test_nothing_is_compiled_after_the_trial(ck, networks, images):
     _, model, precision, graphs = networks
-    optimizer = torch.optim.SGD(model.parameters(), 1e-6, 0.9, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, 0.9)
     criterion, loader = nn.CrossEntropyLoss(), images(8, batch_size=7)  # the last batch has one
     ck.train_one_epoch(model, loader, criterion, optimizer, "cpu", precision)
     ck.evaluate_model(model, images(5), precision=precision, views=ck.TEN_VIEWS[:2])
