@@ -456,11 +456,11 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     rank, world_size = world()
     passed = passed or {}
     is_new = config.resume is None and not config.overwrite and not config.output_dir
-    folder, saved = run_folder(config), None
+    folder, saved, asked = run_folder(config), None, asdict(config)
     last = Path(config.resume).expanduser() if config.resume else folder / "last.pt"
     if config.resume or (config.resume == "" and last.exists()):
         folder, saved = last.parent, load_checkpoint(last, "optimizer")
-        config = merge(config, passed, saved, last)
+        config, asked = merge(config, passed, saved, last), saved["asked"]
     elif not config.overwrite and (last.exists() or (folder / "best.pt").exists()):
         raise UserError(f"{folder} holds a run: --resume continues it, --overwrite replaces it", 2)
     elif config.resume == "":
@@ -522,7 +522,7 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
 
     def save(new_best: bool) -> None:
         """Write last.pt, then best.pt and metrics.csv, which follow from it."""
-        last = {"config": asdict(config), "hardware": hardware, "data": digest}
+        last = {"config": asdict(config), "asked": asked, "hardware": hardware, "data": digest}
         last |= {"epoch": len(history), "history": history, "best_epoch": best_epoch}
         last |= {"model": cpu_state_dict(model), "best_model": best_weights}
         save_checkpoint(folder / "last.pt", last | {"optimizer": optimizer.state_dict()})
@@ -869,15 +869,11 @@ def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: P
 
     Raises UserError for another flag that contradicts it, and for fewer epochs than are done.
     """
-    old = saved["config"]
-    # fractions are of the epochs that the run began with, which may have been fewer
-    drops = [resolve_milestones(config.milestones, n) for n in range(old.epochs, 0, -1)]
-    config = replace(config, milestones=old.milestones if old.milestones in drops else drops[0])
-    open_yet = {"val_size": None, "precision": "auto", "recipe": None}  # left to the start of a run
+    old, asked = saved["config"], saved["asked"]  # what was chosen, and before: None, "auto", ...
     differ = {
         name: value for name, value in asdict(old).items()
         if name not in RESUMABLE - {"epochs"}
-        and getattr(config, name) not in (value, open_yet.get(name, value))
+        and getattr(config, name) not in (value, asked.get(name, value))
     }  # fmt: skip
     wrong = {name: value for name, value in differ.items() if name in passed.keys() - RESUMABLE}
     kept = {name: value for name, value in differ.items() if name not in passed}
@@ -970,8 +966,9 @@ def load_checkpoint(path: Path, key: str) -> dict[str, Any]:
             raise UserError(f"{path}: --resume takes a last.pt, --checkpoint a best.pt")
         known = {option.name for option in fields(Config)}
         config = Config(**{name: v for name, v in checkpoint["config"].items() if name in known})
+        asked = asdict(config)
         config.milestones = resolve_milestones(config.milestones, config.epochs)
-        return checkpoint | {"config": config}
+        return {"asked": asked} | checkpoint | {"config": config}
 
 
 def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:

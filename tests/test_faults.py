@@ -203,7 +203,12 @@ def test_a_flipped_bit_is_found_wherever_it_changes_anything(ck, trained):
     path, refused = trained / "best.pt", 0
     content = path.read_bytes()
     model, written = ck.load_trained(path, CPU)
-    for place in (*range(0, 4000, 199), *range(10**5, 10**6, 50_001), *range(-4000, -100, 199), *range(-100, 0)):
+    for place in (
+        *range(0, 4000, 199),
+        *range(10**5, 10**6, 50_001),
+        *range(-4000, -100, 199),
+        *range(-100, 0),
+    ):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)

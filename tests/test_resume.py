@@ -31,7 +31,7 @@ if hasattr(os, "fork"):
 RUN = "--model alexnet --epochs 3 --batch-size 64 --lr 0.02 --dropout 0.3 --select loss"
 TINY = {"alexnet": tiny_network, "compact": tiny_network}  # with and without LRN
 EPOCH_2, EPOCH_3 = 3, 4  # which write of last.pt that is; the first precedes training
-UNEQUAL = "images_per_second seconds training_seconds setup_seconds command output_dir"
+UNEQUAL = "images_per_second seconds training_seconds setup_seconds command output_dir asked"
 
 
 def contents(value: object) -> object:
