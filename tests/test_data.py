@@ -56,9 +56,7 @@ def as_bytes(images: Tensor) -> list[bytes]:
     return [image.contiguous().numpy().tobytes() for image in images]
 
 
-# --------------------------------------------------------------------------------------------------
-# Loaders
-# --------------------------------------------------------------------------------------------------
+# ---- Loaders -------------------------------------------------------------------------------------
 
 
 def test_the_162_crops_and_flips_are_torchvisions_and_come_evenly(ck):
@@ -165,9 +163,7 @@ def test_channel_statistics_are_numpys(ck):
     assert min(ck.channel_statistics(torch.zeros_like(images))[1]) > 0  # it is divided by
 
 
-# --------------------------------------------------------------------------------------------------
-# Validation
-# --------------------------------------------------------------------------------------------------
+# ---- Validation ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -219,9 +215,7 @@ def test_inputs_0_255_are_pixels_minus_their_mean(ck, small):
     torch.testing.assert_close(images, loader.images - 255 * mean, atol=1e-4, rtol=0)
 
 
-# --------------------------------------------------------------------------------------------------
-# cifar10-mini
-# --------------------------------------------------------------------------------------------------
+# ---- cifar10-mini --------------------------------------------------------------------------------
 
 
 def test_cifar10_mini_is_the_first_500_and_100_images_of_each_class(ck, real):
@@ -250,9 +244,7 @@ def test_cifar10_mini_is_found_from_anywhere_and_in_data_dir_by_a_notebook(
     assert len(pasted["read_dataset"](config.dataset, config.data_dir).labels) == 5000
 
 
-# --------------------------------------------------------------------------------------------------
-# Folders of pictures
-# --------------------------------------------------------------------------------------------------
+# ---- Folders of pictures -------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -249,8 +249,8 @@ WRONG_FLAGS = {
     "choice": "--model resnet; --precision fp8; --recipe slow; --dataset mnist",
     "device": "--device gpu; --device cuda:7; --device meta",
     "empty": "--output-dir=; --milestones",
-    "excluded": "--resume --overwrite; --seeds 2 --seed 1; --evaluate --image a --checkpoint b; "
-    "--resume last.pt --output-dir other; --resume last.pt --seeds 2",
+    "excluded": "--resume --overwrite; --seeds 2 --seed 1; --evaluate --image a --checkpoint b",
+    "file": "--resume last.pt --output-dir other; --resume last.pt --seeds 2",
     "no partner": "--image a.png; --checkpoint b.pt; --evaluate",
     "unknown": "--learning-rate 0.1; --ep 2; a.png",
 }

@@ -61,9 +61,7 @@ def assert_same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], **to
         torch.testing.assert_close(one, other, **tolerance)
 
 
-# --------------------------------------------------------------------------------------------------
-# Local response normalization
-# --------------------------------------------------------------------------------------------------
+# ---- Local response normalization ----------------------------------------------------------------
 
 
 @both_paths
@@ -138,9 +136,7 @@ def test_lrn_names_a_wrong_shape_or_size(ck):
         ck.LocalResponseNormalization(0)
 
 
-# --------------------------------------------------------------------------------------------------
-# Networks
-# --------------------------------------------------------------------------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
 
 PARAMETERS = {  # of all layers, and the inputs of the last one
     "krizhevsky": (762_794, 256),
@@ -283,9 +279,7 @@ def test_no_step_of_training_waits_for_the_device_or_uses_the_cpu(ck, images, na
         assert parameter.grad.stride() == parameter.stride()
 
 
-# --------------------------------------------------------------------------------------------------
-# torch.compile
-# --------------------------------------------------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
