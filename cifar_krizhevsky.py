@@ -595,6 +595,8 @@ def with_progress(dataloader: CifarLoader, title: str) -> Iterator[tuple[Tensor,
     started = time.perf_counter()
     for number, batch in enumerate(dataloader, start=1):
         yield batch
+        if stop.requested:  # again, where it was lost
+            raise KeyboardInterrupt
         if sys.stdout.isatty() and number % 10 == 0:
             rate = number * dataloader.batch_size / (time.perf_counter() - started)
             line = f"{title}  batch {number}/{len(dataloader)}  {rate:,.0f} images/s"
@@ -1589,6 +1591,15 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+def stop(*_: Any) -> None:
+    """Ctrl-C or SIGTERM. Where torch.compile checks its guards the exception is lost."""
+    stop.requested = True
+    raise KeyboardInterrupt
+
+
+stop.requested = False
+
+
 def reason(error: BaseException) -> str:
     """The line of an error that says why, and not one that only announces it."""
     lines = [line.strip() for line in str(error).splitlines()]
@@ -1782,8 +1793,11 @@ def main(argv: list[str] | None = None) -> int:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # for names that the terminal cannot show
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch uses 2 MB pages: 5 % faster
-        with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
+        stop.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, stop)
         config, passed = parse_arguments(argv)
         if with_torchrun and int(os.environ["WORLD_SIZE"]) > 1:
             join_torchrun(config)

@@ -1,5 +1,6 @@
 """A run that is killed, stopped or continued, wherever, ends as if nothing had happened."""
 
+import contextlib
 import csv
 import itertools
 import json
@@ -278,6 +279,15 @@ def test_a_stopped_run_says_how_to_continue_and_loses_nothing(blow, flags, whole
     assert python == "python"
     finish(*words, cwd=tmp_path)
     assert differences(tmp_path / "a run", whole) == []
+
+
+def test_a_stop_that_is_swallowed_on_its_way_still_stops(flags, tmp_path, monkeypatch):
+    def swallowing(*_: object) -> None:  # as torch.compile's guards may do
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", swallowing)
+    assert call(*flags, "--output-dir", "run", cwd=tmp_path).code == 130
 
 
 def test_the_message_of_a_stopped_run_survives_a_tee_that_dies_first(small, tmp_path):
