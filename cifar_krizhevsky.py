@@ -111,7 +111,7 @@ class Config:
     deterministic: bool     = flag(False, "deterministic algorithms on a GPU too; a CPU run is deterministic anyway")
     # files
     output_dir: str | None  = flag(None, "folder of the run (default: runs/DATASET-MODEL-seedK, or the next of -2, -3, ...)")
-    resume: str | None      = flag(None, "continue the newest run of this name, or the one of FILE (last.pt)", nargs="?", const="")
+    resume: str | None      = flag(None, "continue the newest run of this name, or the one of this last.pt or folder", nargs="?", const="")
     overwrite: bool         = flag(False, "replace the newest run of this name, or the one in --output-dir")
     tensorboard: bool       = flag(False, "also log to TensorBoard, in the run's folder")
     # instead of training
@@ -332,12 +332,12 @@ class Dataset(NamedTuple):
 
 def read_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
     """Load "cifar10", "cifar100", "cifar10-mini" or a folder of pictures, or raise UserError."""
-    data_dir = Path(data_dir).expanduser()
+    data_dir = user_path(data_dir)
     if name == "cifar10-mini":
         return read_mini(data_dir)
     if name in CIFAR:
         return read_cifar(name, data_dir)
-    if (folder := Path(name).expanduser()).is_dir():
+    if (folder := user_path(name)).is_dir():
         return read_image_folders(folder)
     raise UserError(f"--dataset {name}: none of cifar10, cifar100, cifar10-mini, and no folder", 2)
 
@@ -446,7 +446,8 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     is_new = config.resume is None and not config.overwrite and not config.output_dir
     folder = run_folder(config)
     saved: dict[str, Any] = {}
-    last = Path(config.resume).expanduser() if config.resume else folder / "last.pt"
+    last = user_path(config.resume) if config.resume else folder / "last.pt"
+    last = last / "last.pt" if last.is_dir() else last
     if config.resume or (config.resume == "" and last.exists()):
         folder, saved = last.parent, load_checkpoint(last, "optimizer")
         config = merge(config, passed, saved, last)
@@ -847,8 +848,8 @@ def run_folder(config: Config) -> Path:
     A new run takes the highest number yet plus one, so that the newest has the highest.
     """
     if config.output_dir:
-        return Path(config.output_dir).expanduser()
-    dataset = Path(config.dataset).expanduser().resolve().name
+        return user_path(config.output_dir)
+    dataset = user_path(config.dataset).resolve().name
     name = f"{dataset}-{config.model}-" + ("seeds" if config.seeds else f"seed{config.seed}")
     pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
     found = filter(None, (pattern.fullmatch(path.name) for path in Path("runs").glob("*")))
@@ -1113,7 +1114,7 @@ def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dic
 
     Raises UserError if the file is missing, damaged or something else.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     checkpoint = load_checkpoint(path, "mean")
     with checkpoint_errors(path):
         model = build_model(checkpoint["config"], len(checkpoint["classes"]))
@@ -1156,7 +1157,7 @@ def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
     classifier = Classifier(config.checkpoint, config.device, passed.get("precision", ""))
     paths = [Path(path) for path in config.image or []]
     if config.image_dir:
-        paths += list_pictures(Path(config.image_dir).expanduser())
+        paths += list_pictures(user_path(config.image_dir))
     pictures, failures = read_pictures(paths)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
@@ -1181,15 +1182,15 @@ def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
 
 def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     """Test a trained network again, as its run did unless flags differ; redraw its plots."""
-    path = Path(config.checkpoint).expanduser()
+    path = user_path(config.checkpoint)
     classifier = Classifier(path, config.device, passed.get("precision", ""))
     trained, precision = classifier.trained["config"], classifier.precision
     trained.dataset = passed.get("dataset", trained.dataset)
-    own = "data_dir" not in passed and Path(trained.data_dir).expanduser().is_dir()
+    own = "data_dir" not in passed and user_path(trained.data_dir).is_dir()
     data = read_dataset(trained.dataset, trained.data_dir if own else config.data_dir)
     if data.classes != classifier.classes:
         raise UserError(f"{path} was trained on other classes than {trained.dataset} has", 2)
-    folder = Path(config.output_dir or path.parent).expanduser()
+    folder = user_path(config.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     tune_glibc_malloc()
     model, _ = compile_lrn(classifier.model, config.compile, classifier.device, precision)
@@ -1540,7 +1541,7 @@ def read_picture(path: str | Path) -> Tensor:
     """A picture of any size, mode and format as (3, 32, 32) uint8: scaled, its center cropped."""
     from PIL import Image, ImageOps
 
-    with Image.open(Path(path).expanduser()) as picture:
+    with Image.open(user_path(path)) as picture:
         picture.draft(None, (128, 128))  # decodes a large JPEG at a fraction of its size
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):  # gray of more than 8 bits, or floating-point
@@ -1605,6 +1606,11 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.endswith(":")] or [type(error).__name__]
     return next((line for line in lines if "error: " in line), lines[0])  # a compiler's, if any
+
+
+def user_path(path: str | Path) -> Path:
+    """A path that a user gave, with its `~`; not by Path, which fails for an unknown user's."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def derive_seed(*keys: int) -> int:

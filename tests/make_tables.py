@@ -114,6 +114,7 @@ TABLES = {
     ),
     "precision": precision,
     "speed": lambda: speed_rows(load("speed.json")[0]["results"]),
+    "speed-xeon": lambda: speed_rows(load("speed-xeon.json")[0]["results"]),
     "speed-slower-hour": lambda: speed_rows(load("speed-slower-hour.json")[0]["results"]),
     "networks": lambda: network_rows(load("networks.json")[0]["results"]),
 }

@@ -301,7 +301,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(ck, small, tmp_path, monkeypat
         write_picture(home / "set", str(picture.relative_to(small)), Image.open(picture))
     flags = ("--epochs", 1, "--compile", "off", "--model", "compact", "--output-dir", "~/run")
     assert call("--dataset", "~/set", "--data-dir", "~/data", *flags, cwd=cwd).code == 0
-    assert call("--resume", "~/run/last.pt", "--epochs", 2, cwd=cwd).code == 0
+    assert call("--resume", "~/run", "--epochs", 2, cwd=cwd).code == 0
     flags = ("--image", "~/set/test/cat/00.png", "--image-dir", "~/set/test")
     assert len(classify("~/run/best.pt", *flags, cwd=cwd)) == 21
     evaluate("~/run/best.pt", "--dataset", "~/set", "--output-dir", "~/again", cwd=cwd)
