@@ -10,7 +10,7 @@ beside ours in speed.json; and the four results that the page of cuda-convnet ga
 
 import statistics
 
-from make_tables import RECIPES, RESULTS, load
+from make_tables import RECIPES, RESULTS, load, mean_minutes
 from matplotlib.figure import Figure
 
 # https://code.google.com/archive/p/cuda-convnet: minutes on one GPU, test error in percent
@@ -24,7 +24,7 @@ def main() -> None:
         runs = load(f"{folder}/**/summary.json")
         if not folder.startswith("cifar10-") or not runs:
             continue
-        minutes = statistics.mean(run["training_seconds"] for run in runs) / 60
+        minutes = mean_minutes(runs)
         errors = [run["test_error"] for run in runs]
         views = statistics.mean(run["test_error_multi_view"] for run in runs)
         std = statistics.stdev(errors) if len(errors) > 1 else 0
@@ -33,8 +33,8 @@ def main() -> None:
         axes.errorbar(minutes, error, yerr=std, fmt="o", color="tab:blue", capsize=3)
         axes.plot(minutes, views, "o", color="tab:blue", mfc="white")
         name = f"{folder.removeprefix('cifar10-')} (n = {len(runs)})"
-        place = {"textcoords": "offset points", "va": "center", "color": "tab:blue"}
-        axes.annotate(name, (minutes, (error + views) / 2), (8, 0), **place)
+        place = {"textcoords": "offset points", "va": "top", "color": "tab:blue"}
+        axes.annotate(name, (minutes, views), (-4, -6), **place)
         if folder == "cifar10-default":
             speeds = load("speed.json")[0]["results"]["listed"]
             speed = statistics.median(run["images_per_second"] for run in speeds)

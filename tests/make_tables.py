@@ -69,14 +69,18 @@ def summaries(pattern: str, columns: str) -> Iterator[dict]:
         yield {c: COLUMNS[c](run) if c in COLUMNS else run[c] for c in columns.split(", ")}
 
 
+def mean_minutes(runs: list[dict]) -> float:
+    """Of those that had both cores."""
+    return statistics.mean(r["training_seconds"] for r in runs if r["threads"] == 2) / 60
+
+
 def recipes() -> Iterator[dict]:
     for folder, command in RECIPES.items():
         runs = load(f"{folder}/**/summary.json")
         row = {"command": f"`{command}`", "epochs": runs[0]["epochs"]}
         row["test accuracy (%)"] = percent(*(100 - run["test_error"] for run in runs))
         row["ten views (%)"] = percent(*(100 - run["test_error_multi_view"] for run in runs))
-        minutes = statistics.mean(run["training_seconds"] for run in runs) / 60
-        yield row | {"minutes": f"{minutes:.3g}", "n": len(runs)}
+        yield row | {"minutes": f"{mean_minutes(runs):.3g}", "n": len(runs)}
 
 
 def comparison() -> Iterator[dict]:
@@ -100,7 +104,7 @@ def precision() -> Iterator[dict]:
 RUNS = "folder, epochs, lr, weight_decay, best validation, test accuracy, test error, ten views"
 ABLATION = "folder, inputs, LRN, largest d / k, LRN → constants, training, best validation"
 SEARCH = "file, epochs, best validation, last validation, minutes, command"
-SHORT_SEARCH = "file, epochs, batch_size, lr, weight_decay, gamma, milestones, LRN"
+SHORT_SEARCH = "file, epochs, batch_size, lr, weight_decay, label_smoothing, gamma, milestones, LRN"
 SEEDS = "folder, seed, best_epoch, best validation, test error, ten views, last epoch, minutes"
 TABLES = {
     "recipes": recipes,
@@ -108,9 +112,9 @@ TABLES = {
     "comparison": comparison,
     "ablation": lambda: summaries("ablation-*/summary.json", f"{ABLATION}, test error, ten views"),
     "seeds": lambda: summaries("*/seed?/summary.json", SEEDS),
-    "search": lambda: summaries("search/[!qm]*.json", SEARCH),
+    "search": lambda: summaries("search/[!qms]*.json", SEARCH),
     "search-quick": lambda: summaries(
-        "search/[qm]*.json", f"{SHORT_SEARCH}, best validation, last validation"
+        "search/[qms]*.json", f"{SHORT_SEARCH}, best validation, last validation"
     ),
     "precision": precision,
     "speed": lambda: speed_rows(load("speed.json")[0]["results"]),
