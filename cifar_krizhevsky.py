@@ -872,12 +872,12 @@ def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: P
         if getattr(config, name) not in (value, asked.get(name, value)):
             differ[name] = f"{flag_name(name)} {value}"
     wrong = [differ[name] for name in differ if name in passed.keys() - RESUMABLE]
-    kept = [differ[name] for name in differ if name not in passed.keys() | RESUMABLE - {"epochs"}]
+    kept = [differ[name] for name in differ if name not in passed.keys() | (RESUMABLE - {"epochs"})]
     if wrong:
         raise UserError(f"the flags contradict {path}, which has {', '.join(wrong)}", 2)
     if kept:
         print(f"note: as in {path}, and not as in Config: {', '.join(kept)}")
-    free = RESUMABLE & passed.keys() | {"no_test"}
+    free = (RESUMABLE & passed.keys()) | {"no_test"}
     merged = replace(old, **{name: getattr(config, name) for name in free})
     if merged.epochs != old.epochs:
         merged.recipe = None
@@ -1772,7 +1772,7 @@ def check(config: Config, passed: dict[str, Any]) -> None:
         if passed.keys() >= {one, other}:
             raise UserError(f"{flag_name(one)} and {flag_name(other)} exclude each other", 2)
     if config.resume and passed.keys() & {"seeds", "output_dir"}:
-        raise UserError("--resume FILE goes on in FILE's folder: no --seeds, no --output-dir", 2)
+        raise UserError("--resume FILE continues in its folder: no --seeds, no --output-dir", 2)
     if bool(config.checkpoint) != bool(passed.keys() & {"evaluate", "image", "image_dir"}):
         raise UserError("--checkpoint goes with --image FILE, --image-dir DIR or --evaluate", 2)
 

@@ -59,7 +59,8 @@ def test_a_table_that_is_not_up_to_date_is_noticed(tmp_path, monkeypatch, capsys
 
 def test_every_published_run_has_its_weights_and_its_row():
     with_weights = {path.relative_to(RESULTS).parts[0] for path in RESULTS.rglob("best.pt")}
-    assert set(PUBLISHED) < with_weights
+    with_weights -= {"cifar10-quick-64", "cifar10-short-128"}  # of earlier settings
+    assert set(PUBLISHED) < with_weights <= set(make_tables.RECIPES)
     page = (RESULTS / "README.md").read_text()
     for name, run in RUNS.items():
         assert f"| `{name}` | {run['seed' if 'seed' in name else 'epochs']} |" in page
