@@ -3,7 +3,7 @@
 
     python tests/make_figure.py
 
-A point for each recipe on CIFAR-10, mean and standard deviation over its seeds; the default recipe at
+Points for the recipes on CIFAR-10, mean and standard deviation over seeds; the default recipe at
 the speed of the script that is listed in the architecture document, whose images per second stand
 beside ours in speed.json; and the four results that the page of cuda-convnet gave in 2012.
 """
@@ -11,48 +11,57 @@ beside ours in speed.json; and the four results that the page of cuda-convnet ga
 import statistics
 
 from make_tables import RECIPES, RESULTS, load, mean_minutes
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # https://code.google.com/archive/p/cuda-convnet: minutes on one GPU, test error in percent
 CUDA_CONVNET = [(80 / 60, 26), (20, 18), (25, 13), (75, 11)]
 
 
+def draw(axes: Axes, runs: list[dict], minutes: float, name: str, color: str) -> None:
+    """The mean error on one view with its std, on ten below it, and the name."""
+    errors = [run["test_error"] for run in runs]
+    views = statistics.mean(run["test_error_multi_view"] for run in runs)
+    std = statistics.stdev(errors) if len(errors) > 1 else 0
+    axes.plot([minutes, minutes], [views, statistics.mean(errors)], color=color, lw=0.8)
+    axes.errorbar(minutes, statistics.mean(errors), yerr=std, fmt="o", color=color, capsize=3)
+    axes.plot(minutes, views, "o", color=color, mfc="white")
+    place = {"textcoords": "offset points", "va": "top", "color": color}
+    axes.annotate(f"{name} (n = {len(runs)})", (minutes, views), (-4, -6), **place)
+
+
 def main() -> None:
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
     for folder in RECIPES:
-        runs = load(f"{folder}/**/summary.json")
-        if not folder.startswith("cifar10-") or not runs:
+        if not folder.startswith("cifar10-"):
             continue
-        minutes = mean_minutes(runs)
-        errors = [run["test_error"] for run in runs]
-        views = statistics.mean(run["test_error_multi_view"] for run in runs)
-        std = statistics.stdev(errors) if len(errors) > 1 else 0
-        error = statistics.mean(errors)
-        axes.plot([minutes, minutes], [views, error], color="tab:blue", lw=0.8)
-        axes.errorbar(minutes, error, yerr=std, fmt="o", color="tab:blue", capsize=3)
-        axes.plot(minutes, views, "o", color="tab:blue", mfc="white")
-        name = f"{folder.removeprefix('cifar10-')} (n = {len(runs)})"
-        place = {"textcoords": "offset points", "va": "top", "color": "tab:blue"}
-        axes.annotate(name, (minutes, views), (-4, -6), **place)
-        if folder == "cifar10-default":
+        name, runs = folder.removeprefix("cifar10-"), load(f"{folder}/**/summary.json")
+        on_gpu = [run for run in runs if run["device_used"] == "cuda"]
+        on_gpu += load(f"{folder}-h100/summary.json")
+        if minutes := mean_minutes(runs):
+            draw(axes, runs, minutes, name, "tab:blue")
+        if minutes := mean_minutes(on_gpu, on_gpu=True):
+            draw(axes, on_gpu, minutes, name, "tab:green")
+        if name == "default":
             speeds = load("speed.json")[0]["results"]["listed"]
             speed = statistics.median(run["images_per_second"] for run in speeds)
             slow = runs[0]["epochs"] * runs[0]["train_images"] / speed / 60
-            axes.plot(slow, error, "s", color="tab:gray")
+            axes.plot(slow, runs[0]["test_error"], "s", color="tab:gray")
             text = "default at the speed\nof the listed script"
-            place |= {"ha": "right", "va": "bottom", "color": "dimgray"}
-            axes.annotate(text, (slow, error), (8, 8), **place)
+            place = {"textcoords": "offset points", "ha": "right", "color": "dimgray"}
+            axes.annotate(text, (slow, runs[0]["test_error"]), (8, 8), **place)
     axes.plot(*zip(*CUDA_CONVNET), "^", color="tab:red")
     for minutes, error in CUDA_CONVNET:
         place = {"textcoords": "offset points", "color": "tab:red"}
         axes.annotate(f"{error} %", (minutes, error), (7, -3), **place)
-    axes.plot([], [], "o", color="tab:blue", label="this script on two CPU cores, one view")
-    axes.plot([], [], "o", color="tab:blue", mfc="white", label="the same networks, ten views")
+    axes.plot([], [], "o", color="tab:blue", label="this script on two CPU cores")
+    axes.plot([], [], "o", color="tab:green", label="this script on an NVIDIA H100")
+    axes.plot([], [], "o", color="black", mfc="white", label="the same networks, ten views")
     axes.plot([], [], "^", color="tab:red", label="cuda-convnet on one GPU, 2012")
     axes.legend(frameon=False)
     axes.set(xlabel="minutes of training", ylabel="test error on CIFAR-10 (%)", xscale="log")
-    axes.set_xticks(ticks := [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], map(str, ticks))
+    axes.set_xticks(ticks := [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], map(str, ticks))
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)

@@ -12,13 +12,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmark import markdown, network_rows, speed_rows
+from benchmark import markdown, median_and_range, network_rows, speed_rows
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PAGES = [RESULTS.parent / "README.md", RESULTS / "README.md"]
 RECIPES = {  # the folder of a published run, and the command that makes it with today's script
     "cifar10-quick": "python cifar_krizhevsky.py --recipe quick",
     "cifar10-short": "python cifar_krizhevsky.py --recipe short",
+    "cifar10-medium": "python cifar_krizhevsky.py --recipe medium",
     "cifar10-default": "python cifar_krizhevsky.py",
     "cifar10-best": "python cifar_krizhevsky.py --recipe best",
     "cifar100-default": "python cifar_krizhevsky.py --dataset cifar100",
@@ -69,9 +70,10 @@ def summaries(pattern: str, columns: str) -> Iterator[dict]:
         yield {c: COLUMNS[c](run) if c in COLUMNS else run[c] for c in columns.split(", ")}
 
 
-def mean_minutes(runs: list[dict]) -> float:
-    """Of those that had both cores."""
-    return statistics.mean(r["training_seconds"] for r in runs if r["threads"] == 2) / 60
+def mean_minutes(runs: list[dict], on_gpu: bool = False) -> float | None:
+    """Of those on a GPU, or on both CPU cores."""
+    fitting = [r for r in runs if (r["device_used"] == "cuda" if on_gpu else r["threads"] == 2)]
+    return statistics.mean(r["training_seconds"] for r in fitting) / 60 if fitting else None
 
 
 def recipes() -> Iterator[dict]:
@@ -80,7 +82,10 @@ def recipes() -> Iterator[dict]:
         row = {"command": f"`{command}`", "epochs": runs[0]["epochs"]}
         row["test accuracy (%)"] = percent(*(100 - run["test_error"] for run in runs))
         row["ten views (%)"] = percent(*(100 - run["test_error_multi_view"] for run in runs))
-        yield row | {"minutes": f"{mean_minutes(runs):.3g}", "n": len(runs)}
+        on_gpu = mean_minutes([*runs, *load(f"{folder}-h100/summary.json")], on_gpu=True)
+        for column, minutes in (("CPU, minutes", mean_minutes(runs)), ("H100, minutes", on_gpu)):
+            row[column] = f"{minutes:.3g}" if minutes else "–"
+        yield row | {"n": len(runs)}
 
 
 def comparison() -> Iterator[dict]:
@@ -101,6 +106,20 @@ def precision() -> Iterator[dict]:
         yield row
 
 
+def speed_h100() -> Iterator[dict]:
+    for each in load("speed-h100.json")[0]["results"]:
+        has_lrn = each["model"] in ("krizhevsky", "alexnet") and each["norm"] == "lrn"
+        flags = [each["model"], *(["--norm none"] if each["norm"] == "none" else [])]
+        flags += ["--deterministic"] if "deterministic" in each else []
+        row = {"`--model`": f"`{' '.join(flags)}`", "batch size": each["batch_size"]}
+        row["precision"] = each["precision"]
+        row["LRN"] = ("compiled" if each["compiled"] else "eager") if has_lrn else "–"
+        row["CUDA graphs"] = "yes" if each["cuda_graphs"] else "no"
+        row["besides"] = each.get("note", "")
+        rates = [each["batch_size"] / seconds for seconds in each["seconds_per_step"]]
+        yield row | {"images/s": median_and_range(rates, ",.0f"), "n": len(rates)}
+
+
 RUNS = "folder, epochs, lr, weight_decay, best validation, test accuracy, test error, ten views"
 ABLATION = "folder, inputs, LRN, largest d / k, LRN → constants, training, best validation"
 SEARCH = "file, epochs, best validation, last validation, minutes, command"
@@ -119,6 +138,7 @@ TABLES = {
     "precision": precision,
     "speed": lambda: speed_rows(load("speed.json")[0]["results"]),
     "speed-xeon": lambda: speed_rows(load("speed-xeon.json")[0]["results"]),
+    "speed-h100": speed_h100,
     "speed-slower-hour": lambda: speed_rows(load("speed-slower-hour.json")[0]["results"]),
     "networks": lambda: network_rows(load("networks.json")[0]["results"]),
 }
