@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,8 @@ def record(name: str, folder: Path, flags: list[str], rank: int = 0) -> SimpleNa
 
     def recorded_epoch(model, batches, *others):
         if steps and (name, rank) == ("killed", 1):
+            while not (folder / "run" / "best.pt").exists():  # the first process saves epoch 1
+                time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
         steps.extend(batches := list(batches))
         return train_one_epoch(model, batches, *others)
