@@ -479,9 +479,9 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     if world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model, compiled = compile_lrn(model, config.compile, device, precision)
-    if device.type == "cuda" and world_size == 1 and config.compile != "off":
-        capture_graphs(model, next(iter(train_loader))[0], precision)
-    hardware = describe_hardware(device, precision, compiled)
+    graphs = device.type == "cuda" and world_size == 1 and config.compile != "off"
+    graphs = graphs and capture_graphs(model, next(iter(train_loader))[0], precision)
+    hardware = describe_hardware(device, precision, compiled) | {"cuda_graphs": graphs}
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = optim.SGD(
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
@@ -507,9 +507,9 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=not is_new)
     config = replace(  # what was chosen is stored, for a resumed run to keep
-        config, milestones=milestones, precision=precision, output_dir=str(folder),
-        val_size=len(val_loader.labels) if val_loader else 0, resume=None, overwrite=False,
-        seeds=None,
+        config, milestones=milestones, precision=precision, resume=None, overwrite=False,
+        compile="auto" if compiled or graphs else "off", output_dir=str(folder), seeds=None,
+        val_size=len(val_loader.labels) if val_loader else 0,
     )  # fmt: skip
     print_run(config, loaders, model, hardware, saved)
 
@@ -617,6 +617,7 @@ def print_run(
     classes, parameters = loaders[0].classes, sum(p.numel() for p in model.parameters())
     drops = f"x {config.gamma:g} after epochs {', '.join(map(str, config.milestones))}"
     kernels = "compiled" if hardware["compiled"] else "eager"
+    kernels += ", CUDA graphs" if hardware["cuda_graphs"] else ""
     print(f"data      {config.dataset}: {train_size:,} training, {val_size:,} validation, "
           f"{test_size:,} test images of {len(classes)} classes")  # fmt: skip
     print(f"network   {config.model}, {parameters:,} parameters, seed {config.seed}")
@@ -1440,14 +1441,14 @@ def compile_lrn(
     return fast, True
 
 
-def capture_graphs(model: nn.Module, images: Tensor, precision: str) -> None:
+def capture_graphs(model: nn.Module, images: Tensor, precision: str) -> bool:
     """Record the forward and backward pass for batches of this shape, for CUDA to replay.
 
     Launching some hundred kernels one by one takes longer than they run. Python in `forward` is not
     run again, and a replay overwrites the gradients of the last one, so they cannot be accumulated.
-    Batches of other shapes and evaluation run as before. Where it fails: a note, and all do.
+    Batches of other shapes and evaluation run as before. Where it fails: a note, and False.
     """
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # it was recorded on one
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # is the recording's
     plain, state = model.forward, copy.deepcopy(model.state_dict())
     try:
         with torch.autocast("cuda", torch.bfloat16, precision == "bf16", cache_enabled=False):
@@ -1457,6 +1458,7 @@ def capture_graphs(model: nn.Module, images: Tensor, precision: str) -> None:
     except Exception as error:
         print(f"note: running without CUDA graphs ({reason(error)})")
     model.load_state_dict(state)  # the recording moved BatchNorm's statistics
+    return model.forward != plain
 
 
 # ---- Download, cifar10-mini, picture folders -----------------------------------------------------
