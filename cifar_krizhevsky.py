@@ -480,7 +480,6 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model, compiled = compile_lrn(model, config.compile, device, precision)
     graphs = device.type == "cuda" and world_size == 1 and config.compile != "off"
-    graphs = graphs and capture_graphs(model, next(iter(train_loader))[0], precision)
     hardware = describe_hardware(device, precision, compiled) | {"cuda_graphs": graphs}
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = optim.SGD(
@@ -499,7 +498,11 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             scheduler.load_state_dict({"last_epoch": saved["epoch"]})
-    ddp_model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    train_model = model
+    if world_size > 1:
+        train_model = nn.parallel.DistributedDataParallel(model)
+    elif graphs:
+        train_model = CudaGraphs(model, next(iter(train_loader))[0], precision)
     if rank == 0 and is_new:
         folder = run_folder(config)  # again: another run may have taken that one
         if not folder.name.endswith(f"-seed{config.seed}"):
@@ -547,7 +550,7 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
         torch.manual_seed(derive_seed(config.seed, epoch, 2 + rank))  # dropout
         batches = with_progress(train_loader, f"epoch {epoch}/{config.epochs}")
         train_loss, train_accuracy = train_one_epoch(
-            ddp_model, batches, criterion, optimizer, device, precision
+            train_model, batches, criterion, optimizer, device, precision
         )
         train_seconds = time.perf_counter() - epoch_started
         val_loss, val_accuracy = None, None
@@ -1435,30 +1438,45 @@ def compile_lrn(
     except Exception as error:
         if wanted == "on":
             raise UserError(f"--compile on: it does not work here ({reason(error)})", 2) from None
-        print(f"note: running without torch.compile, up to half as fast ({reason(error)})")
+        print(f"note: running without torch.compile, at half the speed ({reason(error)})")
         return model, False
     fast.zero_grad()
     return fast, True
 
 
-def capture_graphs(model: nn.Module, images: Tensor, precision: str) -> bool:
-    """Record the forward and backward pass for batches of this shape, for CUDA to replay.
+# ---- CUDA graphs ---------------------------------------------------------------------------------
 
-    Launching some hundred kernels one by one takes longer than they run. Python in `forward` is not
-    run again, and a replay overwrites the gradients of the last one, so they cannot be accumulated.
-    Batches of other shapes and evaluation run as before. Where it fails: a note, and False.
+
+class CudaGraphs(nn.Module):
+    """A model whose training steps on batches of one shape CUDA records once and replays.
+
+    Launching some hundred kernels one by one takes longer than they run. Python in the model's
+    `forward` is not run again, and a replay overwrites the gradients of the one before it, so they
+    cannot be accumulated. Other batches, and the model itself, run as usual.
+
+    Raises UserError if the model cannot be recorded.
     """
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # is the recording's
-    plain, state = model.forward, copy.deepcopy(model.state_dict())
-    try:
-        with torch.autocast("cuda", torch.bfloat16, precision == "bf16", cache_enabled=False):
-            torch.cuda.make_graphed_callables(model.train(), (images,))
-        replay = model.forward
-        model.forward = lambda x: (replay if x.shape == images.shape else plain)(x)
-    except Exception as error:
-        print(f"note: running without CUDA graphs ({reason(error)})")
-    model.load_state_dict(state)  # the recording moved BatchNorm's statistics
-    return model.forward != plain
+
+    def __init__(self, model: nn.Module, images: Tensor, precision: str) -> None:
+        import gc
+
+        super().__init__()
+        self.model = model
+        self.shape = images.shape
+        state = copy.deepcopy(model.state_dict())
+        gc.collect()  # the graphs of a finished run, which may not go while others are recorded
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # it is another one
+        try:
+            with torch.autocast("cuda", torch.bfloat16, precision == "bf16", cache_enabled=False):
+                torch.cuda.make_graphed_callables(model.train(), (images,))
+        except Exception as error:
+            why = f"CUDA cannot record this network ({reason(error.__context__ or error)})"
+            raise UserError(f"{why}: train with --compile off") from None
+        self.replay = vars(model).pop("forward")  # and the model has its own one back
+        model.load_state_dict(state)  # the recording moved BatchNorm's statistics
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.replay(x) if x.shape == self.shape else self.model(x)
 
 
 # ---- Download, cifar10-mini, picture folders -----------------------------------------------------

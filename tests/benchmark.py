@@ -150,7 +150,7 @@ def this_script(
     model = model.to(device, memory_format=script.memory_format(device))
     model, compiled = script.compile_lrn(model, contender.compile, device, precision)
     if device.type == "cuda" and contender.compile != "off":
-        script.capture_graphs(model, next(iter(train_loader))[0], precision)
+        model = script.CudaGraphs(model, next(iter(train_loader))[0], precision)
     criterion = nn.CrossEntropyLoss()
     optimizer = optim.SGD(
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay

@@ -303,24 +303,24 @@ def test_the_note_about_a_compiler_says_what_is_wrong_with_it(ck, capsys):
     assert note.startswith("note: ") and "fatal error: no omp.h" in note
 
 
-def test_cuda_replays_batches_of_one_shape_only_and_nothing_that_it_cannot_record(
-    ck, monkeypatch, capsys
+def test_cuda_replays_batches_of_one_shape_in_training_and_leaves_the_model_as_it_was(
+    ck, monkeypatch
 ):
+    def record(model: nn.Module, samples: tuple[torch.Tensor]) -> None:
+        forward = model.forward
+        forward(*samples)
+        model.forward = lambda x: "replayed" if model.training else forward(x)
+
     model, images = ck.CompactNet(), torch.randn(2, 3, 32, 32)
     before = ck.cpu_state_dict(model)
-    assert not ck.capture_graphs(model, images, "fp32")  # without a GPU
-    assert capsys.readouterr().out.startswith("note: running without CUDA graphs (")
-    assert model(images).shape == (2, 10)
-
-    def record(model: nn.Module, samples: tuple[torch.Tensor]) -> None:
-        model(*samples)
-        model.forward = lambda x: "replayed"
-
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    model.load_state_dict(before)
-    assert ck.capture_graphs(model, images, "fp32")
+    graphs = ck.CudaGraphs(model, images, "fp32")
     torch.testing.assert_close(ck.cpu_state_dict(model), before, rtol=0, atol=0)
-    assert model(images) == "replayed" and model(images[:1]).shape == (1, 10)
+    assert graphs.train()(images) == "replayed" and graphs(images[:1]).shape == (1, 10)
+    assert model(images).shape == graphs.eval()(images).shape == (2, 10)
+    monkeypatch.undo()
+    with pytest.raises(ck.UserError, match="cannot record this network"):
+        ck.CudaGraphs(model, images, "fp32")  # there is no GPU
 
 
 class Mirror(http.server.BaseHTTPRequestHandler):

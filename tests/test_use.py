@@ -253,16 +253,6 @@ def test_another_network_trains_resumes_evaluates_and_classifies(
     assert 100 * np.mean(wrong) == pytest.approx(summary["test_error"])
 
 
-def test_alexnet_makes_a_step_of_training(ck):
-    model = ck.build_model(ck.Config(model="alexnet"), 10)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    batch = (torch.randn(2, 3, 32, 32), torch.arange(2))
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    loss, _ = ck.train_one_epoch(model, [batch], nn.CrossEntropyLoss(), optimizer, "cpu")
-    assert 2 < loss < 3  # about log 10
-    assert not [name for name, value in model.state_dict().items() if value.equal(before[name])]
-
-
 def test_own_pictures_are_a_data_set_up_to_the_command_that_is_printed(ck, tmp_path, no_plots):
     colors = {"light": 200, "dark": 40, "a third": 120}
     formats = (("png", "RGB"), ("bmp", "L"), ("jpg", "CMYK"), ("gif", "P"), ("png", "RGBA"))
