@@ -27,6 +27,9 @@ RECIPES = {  # the folder of a published run, and the command that makes it with
 }
 
 
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, of n differences
+
+
 def load(pattern: str) -> list[dict]:
     return [json.loads(p.read_text()) | {"path": p} for p in sorted(RESULTS.glob(pattern))]
 
@@ -88,6 +91,28 @@ def recipes() -> Iterator[dict]:
         yield row | {"n": len(runs)}
 
 
+def paired_difference(ours: list[float], others: list[float]) -> str:
+    """The mean of the differences, and its 95 % interval by Student's t."""
+    differences = [one - other for one, other in zip(ours, others, strict=True)]
+    mean, n = statistics.mean(differences), len(differences)
+    half = STUDENT_T[n] * statistics.stdev(differences) / n**0.5
+    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+
+
+def ablation_by_seeds() -> Iterator[dict]:
+    folders = ("ablation-short-none", "ablation-short-document", "cifar10-short")
+    without, *_ = groups = [load(f"{name}/seed?/summary.json") for name in folders]
+    for name, runs in zip(folders, groups):
+        row = {"folder": f"`{name}`", "LRN": COLUMNS["LRN"](runs[0]), "n": len(runs)}
+        for views, key in (("one view", "test_error"), ("ten views", "test_error_multi_view")):
+            errors, others = ([run[key] for run in each] for each in (runs, without))
+            row[f"error, {views}"] = percent(*errors)
+            row[f"{views}, minus without"] = (
+                paired_difference(errors, others) if runs is not without else "–"
+            )
+        yield row
+
+
 def comparison() -> Iterator[dict]:
     names = ("error", "its error", "only ours right", "only the other right", "McNemar's p")
     for path in sorted(RESULTS.glob("*/against-*.txt")):
@@ -129,6 +154,7 @@ TABLES = {
     "recipes": recipes,
     "runs": lambda: summaries("*/summary.json", f"{RUNS}, last epoch, minutes, command"),
     "comparison": comparison,
+    "ablation-by-seeds": ablation_by_seeds,
     "ablation": lambda: summaries("ablation-*/summary.json", f"{ABLATION}, test error, ten views"),
     "seeds": lambda: summaries("*/seed?/summary.json", SEEDS),
     "search": lambda: summaries("search/[!qms]*.json", SEARCH),
