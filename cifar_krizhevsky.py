@@ -1465,14 +1465,14 @@ class CudaGraphs(nn.Module):
         self.shape = images.shape
         state = copy.deepcopy(model.state_dict())
         gc.collect()  # the graphs of a finished run, which may not go while others are recorded
-        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # it is another one
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # the recording's
         try:
             with torch.autocast("cuda", torch.bfloat16, precision == "bf16", cache_enabled=False):
                 torch.cuda.make_graphed_callables(model.train(), (images,))
         except Exception as error:
             why = f"CUDA cannot record this network ({reason(error.__context__ or error)})"
             raise UserError(f"{why}: train with --compile off") from None
-        self.replay = vars(model).pop("forward")  # and the model has its own one back
+        self.replay = vars(model).pop("forward")  # which leaves the model its own
         model.load_state_dict(state)  # the recording moved BatchNorm's statistics
 
     def forward(self, x: Tensor) -> Tensor:
