@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 # The tests compare bits as a CPU makes them; test_cuda.py gives its processes the GPUs back.
-VISIBLE_GPUS = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
+os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # One thread: the tests' small batches take twice as long with two, and tests may run side by side.

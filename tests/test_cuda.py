@@ -1,28 +1,28 @@
 """Training on a CUDA GPU, in processes of their own: conftest.py hides the GPUs from this one."""
 
 import itertools
+import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VISIBLE_GPUS, Result, quick_flags, run
+from conftest import Result, quick_flags, run
 
 no_gpu = torch.version.cuda is None or not shutil.which("nvidia-smi")
 pytestmark = pytest.mark.skipif(no_gpu, reason="no CUDA GPU, or no PyTorch for it")
 
 
 def run_on_gpu(*flags: object, cwd: Path) -> Result:
-    visible = VISIBLE_GPUS["CUDA_VISIBLE_DEVICES"]
-    env = {"CUDA_VISIBLE_DEVICES": "0" if visible is None else visible}
+    env = {"CUDA_VISIBLE_DEVICES": os.environ["GPUS_OF_TESTS"]}
     result = run(*flags, "--device", "cuda", cwd=cwd, env=env)
     assert result.code == 0, result.err
     return result
 
 
 def last(folder: Path) -> dict:
-    return torch.load(folder / "last.pt", weights_only=True)
+    return torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
 
 
 def test_a_run_on_a_gpu_is_resumed_there_and_its_network_is_used_on_the_cpu(small, tmp_path):
