@@ -483,8 +483,9 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     hardware = describe_hardware(device, precision, compiled) | {"cuda_graphs": graphs}
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
-    )
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay,
+        fused=device.type == "cuda",
+    )  # fmt: skip
     milestones = resolve_milestones(config.milestones, config.epochs)
     # in optim.lr_scheduler; optim.MultiStepLR, as the architecture document has it, does not exist
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)

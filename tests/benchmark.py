@@ -153,8 +153,9 @@ def this_script(
         model = script.CudaGraphs(model, next(iter(train_loader))[0], precision)
     criterion = nn.CrossEntropyLoss()
     optimizer = optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
-    )
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay,
+        fused=device.type == "cuda",
+    )  # fmt: skip
     batches = full_batches(train_loader)
 
     def advance(steps: int) -> None:
