@@ -22,11 +22,14 @@ RECIPES = {  # the folder of a published run, and the command that makes it with
     "cifar10-medium": "python cifar_krizhevsky.py --recipe medium",
     "cifar10-default": "python cifar_krizhevsky.py",
     "cifar10-best": "python cifar_krizhevsky.py --recipe best",
+    "cifar100-short": "python cifar_krizhevsky.py --dataset cifar100 --recipe short",
     "cifar100-default": "python cifar_krizhevsky.py --dataset cifar100",
     "cifar100-best": "python cifar_krizhevsky.py --dataset cifar100 --recipe best",
 }
-
-
+ALONE = {  # the runs that had the machine to themselves
+    "cifar10-quick/seed0", "cifar10-short/seed4", "cifar10-medium-cpu", "cifar100-short-cpu",
+    "cifar10-short-h100", "cifar10-best/seed1",
+}  # fmt: skip
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, of n differences
 
 
@@ -73,10 +76,14 @@ def summaries(pattern: str, columns: str) -> Iterator[dict]:
         yield {c: COLUMNS[c](run) if c in COLUMNS else run[c] for c in columns.split(", ")}
 
 
-def mean_minutes(runs: list[dict], on_gpu: bool = False) -> float | None:
-    """Of those on a GPU, or on both CPU cores."""
-    fitting = [r for r in runs if (r["device_used"] == "cuda" if on_gpu else r["threads"] == 2)]
-    return statistics.mean(r["training_seconds"] for r in fitting) / 60 if fitting else None
+def fastest(folder: str, device: str) -> tuple[float | None, str]:
+    """Minutes on a device of the fastest run of a recipe that was alone, else of any, marked *."""
+    patterns = (f"{folder}/**", f"{folder}-cpu", f"{folder}-h100")
+    runs = [run for pattern in patterns for run in load(f"{pattern}/summary.json")]
+    runs = [run for run in runs if run["device_used"] == device]
+    alone = [r for r in runs if str(r["path"].parent.relative_to(RESULTS)) in ALONE]
+    seconds = [run["training_seconds"] for run in alone or runs]
+    return (min(seconds) / 60, "" if alone else " *") if seconds else (None, "")
 
 
 def recipes() -> Iterator[dict]:
@@ -85,9 +92,9 @@ def recipes() -> Iterator[dict]:
         row = {"command": f"`{command}`", "epochs": runs[0]["epochs"]}
         row["test accuracy (%)"] = percent(*(100 - run["test_error"] for run in runs))
         row["ten views (%)"] = percent(*(100 - run["test_error_multi_view"] for run in runs))
-        on_gpu = mean_minutes([*runs, *load(f"{folder}-h100/summary.json")], on_gpu=True)
-        for column, minutes in (("CPU, minutes", mean_minutes(runs)), ("H100, minutes", on_gpu)):
-            row[column] = f"{minutes:.3g}" if minutes else "–"
+        for column, device in (("CPU, minutes", "cpu"), ("H100, minutes", "cuda")):
+            minutes, mark = fastest(folder, device)
+            row[column] = f"{minutes:.3g}{mark}" if minutes else "–"
         yield row | {"n": len(runs)}
 
 
@@ -133,7 +140,7 @@ def precision() -> Iterator[dict]:
 
 def speed_h100() -> Iterator[dict]:
     for each in load("speed-h100.json")[0]["results"]:
-        has_lrn = each["model"] in ("krizhevsky", "alexnet") and each["norm"] == "lrn"
+        has_lrn = each["model"] not in ("five-conv", "compact") and each["norm"] == "lrn"
         flags = [each["model"], *(["--norm none"] if each["norm"] == "none" else [])]
         flags += ["--deterministic"] if "deterministic" in each else []
         row = {"`--model`": f"`{' '.join(flags)}`", "batch size": each["batch_size"]}
