@@ -484,9 +484,8 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     hardware = describe_hardware(device, precision, compiled) | {"cuda_graphs": graphs}
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay,
-        fused=device.type == "cuda",
-    )  # fmt: skip
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+    )
     milestones = resolve_milestones(config.milestones, config.epochs)
     # in optim.lr_scheduler; optim.MultiStepLR, as the architecture document has it, does not exist
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
@@ -500,6 +499,7 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             scheduler.load_state_dict({"last_epoch": saved["epoch"]})
+    optimizer.param_groups[0]["fused"] = device.type == "cuda" or None  # one kernel for all weights
     train_model = model
     if world_size > 1:
         train_model = nn.parallel.DistributedDataParallel(model)
@@ -879,10 +879,11 @@ def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: P
     for name, value in asdict(old).items():
         if getattr(config, name) not in (value, asked.get(name, value)):
             differ[name] = f"{flag_name(name)} {value}"
-    wrong = [differ[name] for name in differ if name in passed.keys() - RESUMABLE]
-    kept = [differ[name] for name in differ if name not in passed.keys() | (RESUMABLE - {"epochs"})]
-    if wrong:
-        raise UserError(f"the flags contradict {path}, which has {', '.join(wrong)}", 2)
+    named = passed.keys() | RECIPES.get(passed.get("recipe"), {}).keys()
+    wrong = {name: text for name, text in differ.items() if name in named - RESUMABLE}
+    kept = [differ[name] for name in differ if name not in named | (RESUMABLE - {"epochs"})]
+    if wrong.keys() - {"recipe"}:  # whose name says no more than its settings
+        raise UserError(f"the flags contradict {path}, which has {', '.join(wrong.values())}", 2)
     if kept:
         print(f"note: as in {path}, and not as in Config: {', '.join(kept)}")
     free = (RESUMABLE & passed.keys()) | {"no_test"}
@@ -994,7 +995,7 @@ def plot_label(name: str) -> str:
 
 def run_title(config: Config) -> str:
     """The title of a run's plots: what it trained, and the hyperparameters that are not usual."""
-    usual = Config(model=config.model, **RECIPES.get(config.recipe or "", {}))
+    usual = Config(**RECIPES.get(config.recipe, {}) | {"model": config.model})
     usual.milestones = resolve_milestones(usual.milestones, config.epochs)
     parts = [plot_label(Path(config.dataset).name), config.model, f"seed {config.seed}"]
     names = [*asdict(config)]
@@ -1473,7 +1474,7 @@ class CudaGraphs(nn.Module):
                 torch.cuda.make_graphed_callables(model.train(), (images,))
         except Exception as error:
             why = f"CUDA cannot record this network ({reason(error.__context__ or error)})"
-            raise UserError(f"{why}: train with --compile off") from None
+            raise UserError(f"{why}: --compile off or a smaller --batch-size may help") from None
         self.replay = vars(model).pop("forward")  # which leaves the model its own
         model.load_state_dict(state)  # the recording moved BatchNorm's statistics
 

@@ -77,7 +77,10 @@ def summaries(pattern: str, columns: str) -> Iterator[dict]:
 
 
 def fastest(folder: str, device: str) -> tuple[float | None, str]:
-    """Minutes on a device of the fastest run of a recipe that was alone, else of any, marked *."""
+    """Minutes on a device of the fastest run of a recipe that was alone, else of any, marked *.
+
+    Without the seeds of `-h100`, which shared the card with twelve others.
+    """
     patterns = (f"{folder}/**", f"{folder}-cpu", f"{folder}-h100")
     runs = [run for pattern in patterns for run in load(f"{pattern}/summary.json")]
     runs = [run for run in runs if run["device_used"] == device]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import Result, quick_flags, run
 
-no_gpu = torch.version.cuda is None or not shutil.which("nvidia-smi")
-pytestmark = pytest.mark.skipif(no_gpu, reason="no CUDA GPU, or no PyTorch for it")
+has_gpu = torch.version.cuda and shutil.which("nvidia-smi") and os.environ["GPUS_OF_TESTS"]
+pytestmark = pytest.mark.skipif(not has_gpu, reason="no CUDA GPU, or no PyTorch for it")
 
 
 def run_on_gpu(*flags: object, cwd: Path) -> Result:

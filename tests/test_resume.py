@@ -239,6 +239,16 @@ def test_more_epochs_move_no_milestone_and_end_as_a_run_that_was_as_long(flags, 
     assert differences(finished, tmp_path / "long") == []
 
 
+def test_the_command_of_a_recipe_resumes_its_run_and_another_recipe_is_refused(small, tmp_path):
+    command = ["--dataset", small, "--no-test", "--compile", "off", "--resume", "--recipe"]
+    for words, epochs in ((["quick"], 4), (["quick", "--epochs", 5], 5)):
+        finish(*command, *words, cwd=tmp_path)
+        (path,) = tmp_path.glob("runs/*/summary.json")
+        assert (read(path)["epochs"], read(path)["milestones"]) == (epochs, [3])
+    message = one_line_error(call(*command, "short", cwd=tmp_path), code=2)
+    assert "--batch-size 32" in message
+
+
 OTHER = """--val-size 10; --inputs 0-255; --model compact; --norm none; --lrn-size 9; --lrn-alpha 1
     --lrn-beta 0.5; --lrn-k 1; --dropout 0.25; --recipe quick; --batch-size 48; --lr 0.01
     --momentum 0.5; --weight-decay 0; --label-smoothing 0.1; --gamma 0.5; --milestones 1 3; --seed 1
