@@ -531,7 +531,7 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
             save_checkpoint(folder / "best.pt", best)
         write_csv(folder / "metrics.csv", history)
 
-    # The epochs
+    # Its files before the first epoch: a full disk is noticed now
     save(new_best=best_weights is not None)
     stale = [*folder.glob(".*.[0-9]*.tmp")]  # of a process that was killed
     if len(history) < config.epochs:  # and the results of a shorter or replaced run
@@ -543,6 +543,8 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     if config.tensorboard and rank == 0:
         writer = SummaryWriter(folder, purge_step=0)  # hides what the files of a stopped run hold
         log_epochs(writer, history)
+
+    # The epochs
     setup_seconds = time.perf_counter() - started
     first = len(history) + 1
     for epoch in range(first, config.epochs + 1):
