@@ -165,7 +165,7 @@ class LocalResponseNormalization(nn.Module):
         self.k = k
         # set by compile_lrn
         self.compiled = False
-        self.relu = False  # apply the ReLU before this layer too
+        self.relu = False  # whether it also does the work of the ReLU before it
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
@@ -531,7 +531,7 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
             save_checkpoint(folder / "best.pt", best)
         write_csv(folder / "metrics.csv", history)
 
-    # Its files before the first epoch: a full disk is noticed now
+    # The first files: a full disk is noticed now, not after an epoch
     save(new_best=best_weights is not None)
     stale = [*folder.glob(".*.[0-9]*.tmp")]  # of a process that was killed
     if len(history) < config.epochs:  # and the results of a shorter or replaced run
@@ -884,7 +884,7 @@ def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: P
     named = passed.keys() | RECIPES.get(passed.get("recipe"), {}).keys()
     wrong = {name: text for name, text in differ.items() if name in named - RESUMABLE}
     kept = [differ[name] for name in differ if name not in named | (RESUMABLE - {"epochs"})]
-    if wrong.keys() - {"recipe"}:  # whose name says no more than its settings
+    if wrong.keys() - {"recipe"}:  # a name says no more than its settings
         raise UserError(f"the flags contradict {path}, which has {', '.join(wrong.values())}", 2)
     if kept:
         print(f"note: as in {path}, and not as in Config: {', '.join(kept)}")

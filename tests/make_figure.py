@@ -3,8 +3,9 @@
 
     python tests/make_figure.py
 
-Points for the recipes on CIFAR-10: mean and standard deviation over all seeds, whatever machine they
-ran on, unless five ran on a GPU besides, at the minutes of the table. The default recipe at
+Points for the recipes on CIFAR-10, at the minutes of the table: mean and standard deviation over all
+seeds, on whatever machine; a green one over those on the GPU where all five ran there too. The
+default recipe at
 the speed of the script that is listed in the architecture document, whose images per second stand
 beside ours in speed.json; and the four results that the page of cuda-convnet gave in 2012.
 """
