@@ -136,11 +136,40 @@ RECIPES = {  # test error on CIFAR-10, one view
 }
 # fmt: on
 
-# The flags that --help lists first.
-COMMON = ("dataset", "recipe", "epochs", "lr", "batch_size", "model", "seed", "resume", "no_test")
-# What --resume may change; everything else comes from last.pt.
-RESUMABLE = {"dataset", "data_dir", "epochs", "no_test", "device", "compile", "output_dir"}
-RESUMABLE |= {"resume", "overwrite", "tensorboard", "seeds"}
+
+# ---- Helpers that all parts use ------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """An error the user can fix; `main` prints it as one line."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def user_path(path: str | Path) -> Path:
+    """A path that a user gave, with its `~`; not by Path, which fails for an unknown user's."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def derive_seed(*keys: int) -> int:
+    """A seed hashed from whole numbers, so that (1, 2) and (2, 1) have nothing in common."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def world() -> tuple[int, int]:
+    """Rank and number of the processes that train one network together; (0, 1) for one alone."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def memory_format(device: torch.device | str) -> torch.memory_format:
+    """channels_last, the fastest; not on MPS, where it is wrong (PyTorch issues 175190, 188371)."""
+    is_mps = torch.device(device).type == "mps"
+    return torch.contiguous_format if is_mps else torch.channels_last
+
 
 # ---- Network -------------------------------------------------------------------------------------
 
@@ -163,7 +192,7 @@ class LocalResponseNormalization(nn.Module):
         self.alpha = alpha
         self.beta = beta
         self.k = k
-        # set by compile_lrn
+        # set by fuse_lrn
         self.compiled = False
         self.relu = False  # whether it also does the work of the ReLU before it
 
@@ -188,6 +217,8 @@ class KrizhevskyNet(nn.Module):
     Input (N, 3, 32, 32) float, normalized; output (N, num_classes) logits. `norm_layer` makes a
     normalization layer (`nn.Identity` for none); `dropout` is that of the inputs of fc2 and fc3.
     """
+
+    relu_of = {"norm1": "relu1", "norm2": "relu2"}  # the ReLUs that compiled LRN takes over
 
     def __init__(
         self, num_classes: int = 10,
@@ -299,23 +330,25 @@ class CifarLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.augment:
             return self.view(*CENTER)
-        count = len(self.labels)
+        count, (rank, world_size) = len(self.labels), world()
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, 1))
         order = torch.randperm(count, generator=generator)
-        y, x = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
-        flipped = torch.rand(count, generator=generator) < 0.5
-        shared = count // world()[1] * world()[1]  # torchrun: equal shares, the rest is left out
-        return self._batches([choice[:shared] for choice in (order, y, x, flipped)], *world())
+        corners = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
+        flips = torch.rand(1, count, generator=generator) < 0.5
+        plan = torch.cat([order[None], corners, flips])
+        # torchrun: equal shares of each batch, the rest of the epoch is left out
+        return self._batches(plan[:, : count // world_size * world_size], rank, world_size)
 
     def view(self, y: int, x: int, flipped: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in their order, each cropped at (y, x), 0 to 8, of its padded image."""
-        order = torch.arange(len(self.labels))
-        return self._batches([order, *(torch.full_like(order, v) for v in (y, x, flipped))])
+        plan = torch.tensor([[0], [y], [x], [flipped]]).repeat(1, len(self.labels))
+        plan[0] = torch.arange(len(self.labels))
+        return self._batches(plan)
 
-    def _batches(self, choices: list[Tensor], rank: int = 0, world_size: int = 1) -> Iterator:
-        parts = (choice.to(self.labels.device).split(self.batch_size) for choice in choices)
-        for batch in zip(*parts):
-            index, y, x, flipped = (choice.chunk(world_size)[rank] for choice in batch)
+    def _batches(self, plan: Tensor, rank: int = 0, world_size: int = 1) -> Iterator:
+        """The batches of a plan (4, N): the image, y, x, and whether it is flipped."""
+        for batch in plan.to(self.labels.device).split(self.batch_size, dim=1):
+            index, y, x, flipped = batch.chunk(world_size, dim=1)[rank]
             images = self._crops[index, :, y, x]
             images = torch.where(flipped.bool().view(-1, 1, 1, 1), images.flip(3), images)
             yield (images - self._shift).mul_(self._scale), self.labels[index]
@@ -442,22 +475,8 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     `command` is what summary.json records, by default the command line with these flags.
     Raises UserError for anything that the user can fix.
     """
-    # Where the run goes, and what it continues
     started = time.perf_counter()
-    rank, world_size = world()
-    passed = passed or {}
-    is_new = config.resume is None and not config.overwrite and not config.output_dir
-    folder = run_folder(config)
-    saved: dict[str, Any] = {}
-    last = user_path(config.resume) if config.resume else folder / "last.pt"
-    last = last / "last.pt" if last.is_dir() else last
-    if config.resume or (config.resume == "" and last.exists()):
-        folder, saved = last.parent, load_checkpoint(last, "optimizer")
-        config = merge(config, passed, saved, last)
-    elif not config.overwrite and (last.exists() or (folder / "best.pt").exists()):
-        raise UserError(f"{folder} holds a run: --resume continues it, --overwrite replaces it", 2)
-    elif config.resume == "":
-        print(f"note: nothing to resume in {folder}, starting at the first epoch")
+    folder, config, run = open_run(config, passed or {})  # run: what last.pt holds
 
     # Device, data, network, optimizer
     if config.tensorboard:
@@ -471,17 +490,10 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
         config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device,
         config.inputs,
     )  # fmt: skip
-    digest = data_digest(*loaders)
-    if saved and saved["data"] != digest and isinstance(saved["data"], str):  # old files have none
-        raise UserError(f"{config.dataset} holds other images or labels than when the run started")
     tune_glibc_malloc()
     model = build_model(config, len(train_loader.classes))
     model = model.to(device, memory_format=memory_format(device))
-    if world_size > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model, compiled = compile_lrn(model, config.compile, device, precision)
-    graphs = device.type == "cuda" and world_size == 1 and config.compile != "off"
-    hardware = describe_hardware(device, precision, compiled) | {"cuda_graphs": graphs}
+    model, train_model, hardware = accelerate(model, config, device, precision, train_loader)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = optim.SGD(
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
@@ -489,69 +501,38 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     milestones = resolve_milestones(config.milestones, config.epochs)
     # in optim.lr_scheduler; optim.MultiStepLR, as the architecture document has it, does not exist
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
-
-    # The state of the run, and its folder
-    asked = saved.get("asked", asdict(config))  # with None, "auto" and fractions, as it was passed
-    history = saved.get("history", [])
-    best_weights = saved.get("best_model")
-    if saved:
-        with checkpoint_errors(last):
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            scheduler.load_state_dict({"last_epoch": saved["epoch"]})
+    if "model" in run:
+        restore(run, folder / "last.pt", model, optimizer, scheduler)
+    if run.setdefault("data", digest := data_digest(*loaders)) != digest:
+        raise UserError(f"{config.dataset} holds other images or labels than when the run started")
     optimizer.param_groups[0]["fused"] = device.type == "cuda" or None  # one kernel for all weights
-    train_model = model
-    if world_size > 1:
-        train_model = nn.parallel.DistributedDataParallel(model)
-    elif graphs:
-        train_model = CudaGraphs(model, next(iter(train_loader))[0], precision)
-    if rank == 0 and is_new:
-        folder = run_folder(config)  # again: another run may have taken that one
-        if not folder.name.endswith(f"-seed{config.seed}"):
-            print(f"note: there are earlier runs, so this one goes to {folder}")
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=not is_new)
-    config = replace(  # what was chosen is stored, for a resumed run to keep
+
+    # All is checked: the folder is made, and what was chosen is stored, for a resumed run to keep
+    folder = make_folder(folder, config)
+    config = replace(
         config, milestones=milestones, precision=precision, resume=None, overwrite=False,
-        compile="auto" if compiled or graphs else "off", output_dir=str(folder), seeds=None,
-        val_size=len(val_loader.labels) if val_loader else 0,
+        compile="auto" if hardware["compiled"] or hardware["cuda_graphs"] else "off",
+        output_dir=str(folder), seeds=None, val_size=len(val_loader.labels) if val_loader else 0,
     )  # fmt: skip
-    print_run(config, loaders, model, hardware, saved)
-
-    def save(new_best: bool) -> None:
-        """Write last.pt, then best.pt and metrics.csv, which follow from it."""
-        best_epoch = find_best(history, config.select)
-        state = {"config": asdict(config), "asked": asked, "hardware": hardware, "data": digest}
-        state |= {"epoch": len(history), "history": history, "best_epoch": best_epoch}
-        state |= {"model": cpu_state_dict(model), "best_model": best_weights}
-        save_checkpoint(folder / "last.pt", state | {"optimizer": optimizer.state_dict()})
-        if new_best:
-            best = {"model": best_weights, "config": asdict(config), "epoch": best_epoch}
-            best |= {name: getattr(train_loader, name) for name in ("classes", "mean", "std")}
-            save_checkpoint(folder / "best.pt", best)
-        write_csv(folder / "metrics.csv", history)
-
-    # The first files: a full disk is noticed now, not after an epoch
-    save(new_best=best_weights is not None)
-    stale = [*folder.glob(".*.[0-9]*.tmp")]  # of a process that was killed
-    if len(history) < config.epochs:  # and the results of a shorter or replaced run
-        names = ["summary.json", *PLOTS] + ([] if best_weights else ["best.pt"])
-        stale += [folder / name for name in names]
-    for path in stale if rank == 0 else ():
-        path.unlink(missing_ok=True)
+    print_run(config, loaders, model, hardware, run)
+    run |= {"config": asdict(config), "hardware": hardware}
+    run |= {name: getattr(train_loader, name) for name in ("classes", "mean", "std")}
+    run |= {"model": cpu_state_dict(model), "optimizer": optimizer.state_dict()}
+    save_run(folder, run, resumed=True)  # a full disk is noticed now, not after an epoch
+    remove_stale_files(folder, run)
     writer = None
-    if config.tensorboard and rank == 0:
+    if config.tensorboard and world()[0] == 0:
         writer = SummaryWriter(folder, purge_step=0)  # hides what the files of a stopped run hold
-        log_epochs(writer, history)
+        log_epochs(writer, run["history"])
 
     # The epochs
     setup_seconds = time.perf_counter() - started
-    first = len(history) + 1
+    first = run["epoch"] + 1
     for epoch in range(first, config.epochs + 1):
         epoch_started = time.perf_counter()
         lr = float(f"{optimizer.param_groups[0]['lr']:.6g}")  # 0.005, not 0.005000000000000001
         train_loader.set_epoch(epoch)
-        torch.manual_seed(derive_seed(config.seed, epoch, 2 + rank))  # dropout
+        torch.manual_seed(derive_seed(config.seed, epoch, 2 + world()[0]))  # dropout
         batches = with_progress(train_loader, f"epoch {epoch}/{config.epochs}")
         train_loss, train_accuracy = train_one_epoch(
             train_model, batches, criterion, optimizer, device, precision
@@ -574,17 +555,18 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
             "images_per_second": len(train_loader.labels) / train_seconds,
             "seconds": time.perf_counter() - epoch_started,
         }
-        history.append(row)
-        if is_best := find_best(history, config.select) == epoch:
-            best_weights = cpu_state_dict(model)
-        save(is_best)
-        print_epoch(history, config.epochs, is_best, header=epoch == first)
-        if writer:
-            log_epochs(writer, [row])
+        run["epoch"] = epoch
+        run["history"].append(row)
+        run |= {"model": cpu_state_dict(model), "optimizer": optimizer.state_dict()}
+        run["best_epoch"] = find_best(run["history"], config.select)
+        if run["best_epoch"] == epoch:
+            run["best_model"] = run["model"]
+        save_run(folder, run)
+        print_epoch(run["history"], config.epochs, run["best_epoch"] == epoch, epoch == first)
+        log_epochs(writer, [row])
 
-    facts = hardware | {"command": command or command_of(passed), "data_digest": digest}
-    facts["setup_seconds"] = setup_seconds
-    return report(config, facts, loaders, model, history, best_weights)
+    facts = hardware | {"command": command or command_of(passed or {})}
+    return report(config, run, facts | {"setup_seconds": setup_seconds}, loaders, model)
 
 
 def resolve_milestones(milestones: Iterable[float] | None, epochs: int) -> list[int]:
@@ -636,7 +618,7 @@ def print_run(
     held_out = set(loaders[1].labels.tolist()) if loaders[1] else range(len(classes))
     if small := [name for label, name in enumerate(classes) if label not in held_out]:
         print(f"note: too few images to hold any out of {', '.join(small)}")
-    if saved:
+    if "hardware" in saved:
         print(f"resuming after epoch {saved['epoch']}")
         if changed := saved["hardware"].items() - hardware.items():
             before = ", ".join(f"{key} {value}" for key, value in changed)
@@ -730,17 +712,16 @@ def confusion_matrix(result: Evaluation) -> Tensor:
     return 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
 
 
-def measure_test_error(
-    title: str, model: nn.Module, loader: CifarLoader, precision: str
+def compute_test_metrics(
+    model: nn.Module, loader: CifarLoader, precision: str
 ) -> tuple[dict[str, Any], Evaluation]:
-    """Measure and print the test entries of summary.json, in percent; and the one-view result."""
+    """The test entries of summary.json, errors in percent; and the evaluation of the one view."""
     single = evaluate_model(model, loader, precision=precision)
     multi = evaluate_model(model, loader, precision=precision, views=TEN_VIEWS)
     count, classes, matrix = len(single.labels), loader.classes, confusion_matrix(single).tolist()
     accuracies = {name: matrix[i][i] for i, name in enumerate(classes)}
     pairs = itertools.permutations(range(len(classes)), 2)
     pairs = sorted(pairs, key=lambda pair: -matrix[pair[0]][pair[1]])[:10]
-    confused = {f"{classes[i]} as {classes[j]}": matrix[i][j] for i, j in pairs}
     metrics = {
         "test_images": count,
         "test_error": 100 - single.top1,
@@ -752,36 +733,52 @@ def measure_test_error(
         "test_top3_error": 100 - single.top3,
         "test_top5_error": 100 - single.top5,
         "test_class_accuracy": accuracies,
-        "test_most_confused": confused,
+        "test_most_confused": {f"{classes[i]} as {classes[j]}": matrix[i][j] for i, j in pairs},
     }
-    print(f"\ntest of {title}, {count:,} images")
-    for name, key in (("one view", "test_error"), ("ten views", "test_error_multi_view")):
-        interval = "(95 % interval {:.2f} to {:.2f})".format(*metrics[f"{key}_interval"])
-        print(f"  error, {name:<13} {metrics[key]:6.2f} %  {interval}")
-    print(f"  not in the top 3     {metrics['test_top3_error']:6.2f} %")
-    print(f"  not in the top 5     {metrics['test_top5_error']:6.2f} %")
-    print(f"  loss                 {metrics['test_loss']:8.4f}")
-    weakest = dict(sorted(accuracies.items(), key=lambda item: item[1]))
-    tables = {"lowest accuracy": weakest, "most confused, in % of the true class": confused}
-    for heading, rows in tables.items():
-        print(f"  {heading}")
-        for name, percent in [*rows.items()][: 3 if len(classes) <= 20 else 10]:
-            print(f"    {name:<32} {percent:5.1f} %")
     return metrics, single
 
 
+TEST_LINES = {  # what is printed of a test, and its key in summary.json
+    "error, one view": "test_error",
+    "error, ten views": "test_error_multi_view",
+    "error of the last epoch": "last_test_error",
+    "not in the top 3": "test_top3_error",
+    "not in the top 5": "test_top5_error",
+}
+
+
+def print_test(title: str, metrics: dict[str, Any]) -> None:
+    """Print the errors, the loss, the weakest classes and what is taken for what."""
+    print(f"\ntest of {title}, {metrics['test_images']:,} images")
+    for text, key in TEST_LINES.items():
+        if key in metrics:
+            interval = metrics.get(f"{key}_interval")
+            interval = "  (95 % interval {:.2f} to {:.2f})".format(*interval) if interval else ""
+            print(f"  {text:<23} {metrics[key]:6.2f} %{interval}")
+    print(f"  loss                    {metrics['test_loss']:8.4f}")
+    weakest = sorted(metrics["test_class_accuracy"].items(), key=lambda item: item[1])
+    shown = 3 if len(weakest) <= 20 else 10
+    print("  lowest accuracy")
+    for name, percent in weakest[:shown]:
+        print(f"    {name:<32} {percent:5.1f} %")
+    print("  most confused, in % of the true class")
+    for name, percent in [*metrics["test_most_confused"].items()][:shown]:
+        print(f"    {name:<32} {percent:5.1f} %")
+
+
 def report(
-    config: Config, facts: dict[str, Any], loaders: tuple[CifarLoader | None, ...],
-    model: nn.Module, history: list[dict], best_weights: dict[str, Tensor],
+    config: Config, run: dict[str, Any], facts: dict[str, Any],
+    loaders: tuple[CifarLoader | None, ...], model: nn.Module,
 ) -> dict[str, Any]:  # fmt: skip
     """Test the last and the best epoch, this once; write summary.json and the plots.
 
     With `no_test` nothing is tested; the plots show validation or training images.
     """
-    folder, best_epoch = Path(config.output_dir), find_best(history, config.select)
+    folder, history, best_epoch = Path(config.output_dir), run["history"], run["best_epoch"]
     train_loader, val_loader, test_loader = loaders
     loader = test_loader if not config.no_test else val_loader or train_loader
     summary = asdict(config) | facts | {
+        "data_digest": run["data"],
         "norm": config.norm if config.model in WITH_LRN else "none",
         "train_images": len(train_loader.labels),
         "torchvision_version": getattr(sys.modules.get("torchvision"), "__version__", None),
@@ -797,17 +794,16 @@ def report(
     }  # fmt: skip
     if config.no_test:
         which = "validation images" if val_loader else "training images"
-        model.load_state_dict(best_weights)
+        model.load_state_dict(run["best_model"])
         evaluation = evaluate_model(model, loader, precision=config.precision, views=[CENTER])
     else:
         last_error = 100 - evaluate_model(model, loader, precision=config.precision).top1
-        model.load_state_dict(best_weights)
+        model.load_state_dict(run["best_model"])
         what = f"the {'best' if val_loader else 'last'} epoch ({best_epoch}), {config.dataset}"
-        metrics, evaluation = measure_test_error(what, model, loader, config.precision)
+        metrics, evaluation = compute_test_metrics(model, loader, config.precision)
         summary |= metrics | {"last_test_error": last_error}
         which = f"test accuracy {evaluation.top1:.2f} %"
-        if best_epoch < len(history):
-            print(f"  error of the last epoch, one view: {last_error:.2f} %")
+        print_test(what, summary)
         print(f"the number to report: test error {metrics['test_error']:.2f} %, one view")
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
     title = f"{run_title(config)}: {which}"
@@ -871,6 +867,46 @@ def run_folder(config: Config) -> Path:
     return Path("runs", name if number < 2 else f"{name}-{number}")
 
 
+def open_run(config: Config, passed: dict[str, Any]) -> tuple[Path | None, Config, dict[str, Any]]:
+    """A run's folder, configuration and state: of last.pt, or those of a new run.
+
+    A new run has no folder yet (None), unless its flags name it.
+    """
+    new = {"asked": asdict(config), "epoch": 0, "history": [], "best_epoch": 0, "best_model": None}
+    if config.resume is None and not config.overwrite and not config.output_dir:
+        return None, config, new
+    folder = run_folder(config)
+    last = user_path(config.resume) if config.resume else folder / "last.pt"
+    last = last / "last.pt" if last.is_dir() else last
+    if config.resume or (config.resume == "" and last.exists()):
+        run = load_checkpoint(last, "--resume")
+        return last.parent, merge(config, passed, run, last), run
+    if not config.overwrite and (last.exists() or (folder / "best.pt").exists()):
+        raise UserError(f"{folder} holds a run: --resume continues it, --overwrite replaces it", 2)
+    if config.resume == "":
+        print(f"note: nothing to resume in {folder}, starting at the first epoch")
+    return folder, config, new
+
+
+def make_folder(folder: Path | None, config: Config) -> Path:
+    """Make the folder of a run; a new one is the next that is free now."""
+    if world()[0] > 0:
+        return folder or run_folder(config)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    folder = run_folder(config)
+    folder.mkdir(parents=True)
+    if not folder.name.endswith(f"-seed{config.seed}"):
+        print(f"note: there are earlier runs, so this one goes to {folder}")
+    return folder
+
+
+# What --resume may change; everything else comes from last.pt.
+RESUMABLE = {"dataset", "data_dir", "epochs", "no_test", "device", "compile", "output_dir"}
+RESUMABLE |= {"resume", "overwrite", "tensorboard", "seeds"}
+
+
 def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: Path) -> Config:
     """The configuration to continue with: that of last.pt, overlaid with passed flags (RESUMABLE).
 
@@ -895,6 +931,35 @@ def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: P
     if merged.epochs < saved["epoch"]:
         raise UserError(f"--epochs {merged.epochs}: {path} has {saved['epoch']} epochs already", 2)
     return merged
+
+
+def restore(
+    run: dict[str, Any], path: Path, model: nn.Module, optimizer: optim.Optimizer, scheduler: Any
+) -> None:
+    with checkpoint_errors(path):
+        model.load_state_dict(run["model"])
+        optimizer.load_state_dict(run["optimizer"])
+        scheduler.load_state_dict({"last_epoch": run["epoch"]})
+
+
+def save_run(folder: Path, run: dict[str, Any], resumed: bool = False) -> None:
+    """Write last.pt, and what follows from it: best.pt, if its epoch is new, and metrics.csv."""
+    save_checkpoint(folder / "last.pt", run)
+    if run["best_model"] and (run["best_epoch"] == run["epoch"] or resumed):
+        best = {name: run[name] for name in ("config", "classes", "mean", "std")}
+        best |= {"model": run["best_model"], "epoch": run["best_epoch"]}
+        save_checkpoint(folder / "best.pt", best)
+    write_csv(folder / "metrics.csv", run["history"])
+
+
+def remove_stale_files(folder: Path, run: dict[str, Any]) -> None:
+    """Remove what a killed process left, and the results of a shorter or replaced run."""
+    stale = [*folder.glob(".*.[0-9]*.tmp")]
+    if run["epoch"] < run["config"]["epochs"]:
+        names = ["summary.json", *PLOTS] + ([] if run["best_model"] else ["best.pt"])
+        stale += [folder / name for name in names]
+    for path in stale if world()[0] == 0 else ():
+        path.unlink(missing_ok=True)
 
 
 def data_digest(*loaders: CifarLoader | None) -> str:
@@ -961,18 +1026,20 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot use {path}: damaged, or of another network ({why})") from None
 
 
-def load_checkpoint(path: Path, key: str) -> dict[str, Any]:
-    """Load a checkpoint as data, never as code, to the CPU; only the right kind has `key`."""
+def load_checkpoint(path: Path, flag: str) -> dict[str, Any]:
+    """Load what `--resume` or `--checkpoint` takes as data, never as code, to the CPU."""
     with checkpoint_errors(path):
         with zipfile.ZipFile(path) as archive:  # torch.load ignores its checksums
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if key not in checkpoint:
+        if ("optimizer" in checkpoint) != (flag == "--resume"):
             raise UserError(f"{path}: --resume takes a last.pt, --checkpoint a best.pt")
         known = {option.name for option in fields(Config)}
         config = Config(**{name: v for name, v in checkpoint["config"].items() if name in known})
         checkpoint.setdefault("asked", asdict(config))  # an old one has none
+        if not isinstance(checkpoint.get("data", ""), str):
+            del checkpoint["data"]
         config.milestones = resolve_milestones(config.milestones, config.epochs)
         return checkpoint | {"config": config}
 
@@ -1112,12 +1179,12 @@ def save_plot(path: Path, title: str, draw: Callable[..., None], *args: Any) -> 
 
 
 def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
-    """Write the metrics of these epochs to TensorBoard."""
-    for row in rows:
+    """Write the metrics of these epochs to TensorBoard, if there is a writer."""
+    for row in rows if writer else ():
         for name, value in row.items():
             if value is not None and name != "epoch":
                 writer.add_scalar(name, value, row["epoch"])
-    writer.flush()
+                writer.flush()
 
 
 # ---- Using a trained network ---------------------------------------------------------------------
@@ -1129,7 +1196,7 @@ def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dic
     Raises UserError if the file is missing, damaged or something else.
     """
     path = user_path(path)
-    checkpoint = load_checkpoint(path, "mean")
+    checkpoint = load_checkpoint(path, "--checkpoint")
     with checkpoint_errors(path):
         model = build_model(checkpoint["config"], len(checkpoint["classes"]))
         model.load_state_dict(checkpoint["model"])
@@ -1207,10 +1274,12 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     folder = user_path(config.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     tune_glibc_malloc()
-    model, _ = compile_lrn(classifier.model, config.compile, classifier.device, precision)
+    model = classifier.model
+    compile_lrn(model, config.compile, classifier.device, precision)
     loader = classifier.loader(data.test_images, data.test_labels)
     what = f"{path} (epoch {classifier.trained['epoch']}) on {trained.dataset}"
-    _, evaluation = measure_test_error(what, model, loader, precision)
+    metrics, evaluation = compute_test_metrics(model, loader, precision)
+    print_test(what, metrics)
     title = f"{run_title(trained)}: test accuracy {evaluation.top1:.2f} %"
     save_plot(folder / "predictions.png", title, plot_predictions, loader, evaluation)
     save_plot(folder / "confusion.png", title, plot_confusion_matrix, loader, evaluation)
@@ -1261,6 +1330,8 @@ class FiveConvNet(nn.Sequential):
 
 class AlexNet(nn.Module):
     """The network of the AlexNet paper, whole, for images enlarged to 227x227; 58 M parameters."""
+
+    relu_of = {"features.2": "features.1", "features.6": "features.5"}
 
     def __init__(self, num_classes=10, norm_layer=LocalResponseNormalization, dropout=0.5) -> None:
         super().__init__()
@@ -1327,8 +1398,8 @@ MODELS |= {"alexnet": AlexNet, "compact": CompactNet}
 #     y_c = x_c s_c
 #     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum(g_i x_i s_i / d_i)
 #               over the channels i whose window contains c, with g = dL/dy
-# Three passes over rows of channels, each of which torch.compile turns into one loop; through
-# autograd it is several times slower. Each writes `out`. `x` has margins of zeros, size // 2 and
+# Each of the three functions below is a pass over rows of channels, which torch.compile turns into
+# one loop; through autograd it is several times slower. `x` has margins of zeros, size // 2 and
 # (size - 1) // 2 channels wide, for the windows at the ends; `cross` has them the other way round,
 # since its sum is over the windows that contain c. All is fp32 or better: bf16 would round d to k.
 
@@ -1347,36 +1418,41 @@ def _center_inverse_scale(lrn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Te
     return x[:, lrn.size // 2 : x.size(1) - (lrn.size - 1) // 2], inverse, scale
 
 
-def _lrn_output(lrn: nn.Module, out: Tensor, x: Tensor) -> None:
+def _lrn_output(lrn: nn.Module, x: Tensor) -> Tensor:
     center, _, scale = _center_inverse_scale(lrn, x)
-    out.copy_(center * scale)
+    return center * scale
 
 
-def _lrn_cross_term(lrn: nn.Module, out: Tensor, x: Tensor, grad: Tensor) -> None:
+def _lrn_cross_term(lrn: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
     center, inverse, scale = _center_inverse_scale(lrn, x)
-    out.copy_(grad * center * scale * inverse)
+    return grad * center * scale * inverse
 
 
-def _lrn_gradient(lrn: nn.Module, out: Tensor, x: Tensor, grad: Tensor, cross: Tensor) -> None:
+def _lrn_gradient(lrn: nn.Module, x: Tensor, grad: Tensor, cross: Tensor) -> Tensor:
     center, _, scale = _center_inverse_scale(lrn, x)
     others = _window_sum(lrn, cross.to(center.dtype))
     grad = grad * scale - 2 * lrn.alpha / lrn.size * lrn.beta * center * others
-    out.copy_(torch.where(center > 0, grad, 0) if lrn.relu else grad)
+    return torch.where(center > 0, grad, 0) if lrn.relu else grad
 
 
-_compile = functools.cache(torch.compile)
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    def write(lrn: nn.Module, out: Tensor, *rows: Tensor) -> None:
+        out.copy_(function(lrn, *rows))
+
+    return torch.compile(write, dynamic=False)
 
 
-def _run(kernel: Callable[..., None], lrn: nn.Module, *rows: Tensor) -> Tensor:
-    """Have a pass write the first of `rows`, compiled or in blocks for the cache, and return it."""
+def _run(function: Callable[..., Tensor], lrn: nn.Module, out: Tensor, *rows: Tensor) -> Tensor:
+    """Write a pass over `rows` to `out`, compiled or in blocks for the cache, and return it."""
     if lrn.compiled:
-        for tensor in rows:
+        for tensor in (out, *rows):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)  # a short last batch runs the same loop
-        _compile(kernel, dynamic=False)(lrn, *rows)
+        _compiled(function)(lrn, out, *rows)
     else:
-        for block in zip(*(r.split(4096) for r in rows)):
-            kernel(lrn, *block)
-    return rows[0]
+        for part, *block in zip(*(tensor.split(4096) for tensor in (out, *rows))):
+            part.copy_(function(lrn, *block))
+    return out
 
 
 class _LRNFunction(torch.autograd.Function):
@@ -1408,45 +1484,65 @@ class _LRNFunction(torch.autograd.Function):
         return grad.view_as(images).permute(0, 3, 1, 2), None
 
 
-def compile_lrn(
-    model: nn.Module, wanted: str, device: torch.device, precision: str
-) -> tuple[nn.Module, bool]:
-    """A copy of the model whose LRN layers are compiled, each with the ReLU before it; and True.
+def compile_lrn(model: nn.Module, wanted: str, device: torch.device, precision: str) -> bool:
+    """Have the LRN layers of a model compiled, each with its ReLU; returns whether they are.
 
-    A trial on two images compiles all kernels and compares the output. If it fails: the model
-    itself, False, and a note, or with "on" a UserError. "auto" leaves MPS alone.
+    A copy is tried first, on two images, which compiles all kernels. If it fails the model is as
+    it was, and there is a note, or with "on" a UserError. "auto" leaves MPS alone.
     """
     has_lrn = any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
     if not has_lrn or wanted == "off" or (wanted == "auto" and device.type == "mps"):
-        return model, False
+        return False
     import torch._dynamo  # fails here, in one line, where its cache cannot be made
 
-    fast = copy.deepcopy(model.eval())
-    for (name, previous), (_, layer) in itertools.pairwise([*fast.named_modules()]):
-        if isinstance(layer, LocalResponseNormalization):
-            layer.compiled = True
-            if isinstance(previous, nn.ReLU):
-                layer.relu = True
-                fast.set_submodule(name, nn.Identity())
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images = images.to(device, memory_format=memory_format(device))
     try:
         without_bf16 = device.type == "cuda" and choose_precision("auto", device) == "fp32"
         if torch._dynamo.config.disable or (precision == "bf16" and without_bf16):
             raise RuntimeError("TORCH_COMPILE_DISABLE is set, or this GPU has no bf16")
+        trial = copy.deepcopy(model).eval()
+        fuse_lrn(trial)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = fast(images).float()
-            expected = model(images).float()
-        logits.sum().backward()
-        if (logits - expected).abs().max() > 0.1 * expected.abs().max():
-            raise RuntimeError("the ReLU that is defined before an LRN layer is used elsewhere")
+            logits = trial(images)
+        logits.float().sum().backward()  # outside, as training does it
     except Exception as error:
         if wanted == "on":
             raise UserError(f"--compile on: it does not work here ({reason(error)})", 2) from None
         print(f"note: running without torch.compile, at half the speed ({reason(error)})")
-        return model, False
-    fast.zero_grad()
-    return fast, True
+        return False
+    fuse_lrn(model)
+    return True
+
+
+def fuse_lrn(model: nn.Module) -> None:
+    """Have the LRN layers of a model run compiled, and do the work of the ReLU that it names."""
+    for layer in model.modules():
+        if isinstance(layer, LocalResponseNormalization):
+            layer.compiled = True
+    for norm, relu in getattr(model, "relu_of", {}).items():
+        if isinstance(layer := model.get_submodule(norm), LocalResponseNormalization):
+            layer.relu = True
+            model.set_submodule(relu, nn.Identity())
+
+
+def accelerate(
+    model: nn.Module, config: Config, device: torch.device, precision: str, loader: CifarLoader
+) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """The model, with compiled LRN; the module that makes its training steps; and the hardware.
+
+    Both have the same weights. On CUDA steps are replayed as graphs, under torchrun shared by DDP.
+    """
+    if world()[1] > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    compiled = compile_lrn(model, config.compile, device, precision)
+    graphs = device.type == "cuda" and world()[1] == 1 and config.compile != "off"
+    hardware = describe_hardware(device, precision, compiled) | {"cuda_graphs": graphs}
+    if world()[1] > 1:
+        return model, nn.parallel.DistributedDataParallel(model), hardware
+    if graphs:
+        return model, CudaGraphs(model, next(iter(loader))[0], precision), hardware
+    return model, model, hardware
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
@@ -1633,14 +1729,6 @@ def read_image_folders(folder: Path) -> Dataset:
 # ---- Device, precision, torchrun, helpers --------------------------------------------------------
 
 
-class UserError(Exception):
-    """An error the user can fix; `main` prints it as one line."""
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 def stop(*_: Any) -> None:
     """Handle Ctrl-C and SIGTERM. torch.compile's guards may swallow the exception, not the flag."""
     stop.requested = True
@@ -1655,23 +1743,6 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.endswith(":")] or [type(error).__name__]
     return next((line for line in lines if "error: " in line), lines[0])  # a compiler's, if any
-
-
-def user_path(path: str | Path) -> Path:
-    """A path that a user gave, with its `~`; not by Path, which fails for an unknown user's."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111
-
-
-def derive_seed(*keys: int) -> int:
-    """A seed hashed from whole numbers, so that (1, 2) and (2, 1) have nothing in common."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def world() -> tuple[int, int]:
-    """Rank and number of the processes that train one network together; (0, 1) for one alone."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
 
 
 def join_torchrun(config: Config) -> None:
@@ -1720,12 +1791,6 @@ def choose_precision(name: str, device: torch.device) -> str:
     return name if name != "auto" else "bf16" if native else "fp32"
 
 
-def memory_format(device: torch.device | str) -> torch.memory_format:
-    """channels_last, the fastest; not on MPS, where it is wrong (PyTorch issues 175190, 188371)."""
-    is_mps = torch.device(device).type == "mps"
-    return torch.contiguous_format if is_mps else torch.channels_last
-
-
 def describe_hardware(device: torch.device, precision: str, compiled: bool) -> dict[str, Any]:
     """What the exact bits of a run depend on besides its hyperparameters."""
     processor = platform.processor() or platform.machine()
@@ -1754,6 +1819,10 @@ def tune_glibc_malloc() -> None:
 # ---- Command line --------------------------------------------------------------------------------
 
 
+# The flags that --help lists first.
+COMMON = ("dataset", "recipe", "epochs", "lr", "batch_size", "model", "seed", "resume", "no_test")
+
+
 def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -1768,7 +1837,7 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, Any]]:
     """The configuration, and the flags that were passed, by the names of their settings."""
     description, commands = [*(__doc__ or "").split("\n\n"), ""][:2]
-    recipes = [f"    {name:<7} {settings}" for name, settings in RECIPES.items()]
+    recipes = [f"    {name:<7} {command_of(values)}" for name, values in RECIPES.items()]
     epilog = "\n".join(["recipes:", *recipes, "", "examples:", commands])
     parser = OneLineParser(
         description=description, epilog=epilog,
@@ -1836,64 +1905,79 @@ def command_of(passed: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
+def set_up_process(rank: int) -> None:
+    """The streams, the signals and the memory of a process that runs the command line."""
+    if rank > 0 or sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # for names that the terminal cannot show
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch uses 2 MB pages: 5 % faster
+    stop.requested = False
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, stop)
+
+
+def run_command(config: Config, passed: dict[str, Any]) -> int:
+    """Do what the flags ask for; returns the exit code."""
+    if config.summary:
+        print_layers(config)
+    elif config.evaluate:
+        evaluate_checkpoint(config, passed)
+    elif config.checkpoint:
+        return classify_pictures(config, passed)
+    elif config.seeds:
+        train_seeds(config, passed)
+    else:
+        train(config, passed)
+    return 0
+
+
+def explain(error: BaseException, config: Config, passed: dict[str, Any]) -> tuple[int, str]:
+    """The exit code and the line for what a user can fix; anything else is a bug, and raised."""
+    if isinstance(error, KeyboardInterrupt):
+        if config.checkpoint or config.summary:
+            return 130, "\nstopped"
+        again = {name: value for name, value in passed.items() if name != "overwrite"}
+        command = command_of(again | {"resume": config.resume or ""})
+        return 130, f"\nstopped; finished epochs are kept. To continue:\n  {command}"
+    if isinstance(error, UserError):
+        return error.exit_code, f"error: {error}"
+    if isinstance(error, ImportError):
+        return 1, f"error: {error}: python -m pip install {error.name}"
+    if isinstance(error, OSError):
+        where = f"{error.filename or 'the output'}: {error.strerror}"
+        return 1, f"error: {where if error.strerror else error}"
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+        frames = traceback.extract_tb(error.__traceback__)
+        in_epoch = any(frame.name == "train_one_epoch" for frame in frames)
+        hint = "a smaller --batch-size" if in_epoch else "--device cpu, or fewer images"
+        return 1, f"error: out of memory: try {hint}"
+    if world()[1] > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
+        return 1, f"error: another process of this run has ended ({reason(error)})"
+    raise error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    config, passed, code, message = Config(), {}, 0, ""
+    config, passed = Config(), {}
     with_torchrun = distributed.is_available() and distributed.is_torchelastic_launched()
     rank = int(os.environ["RANK"]) if with_torchrun else 0
     try:
-        if rank > 0 or sys.stdout is None:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")  # for names that the terminal cannot show
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch uses 2 MB pages: 5 % faster
-        stop.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    signal.signal(number, stop)
+        set_up_process(rank)
         config, passed = parse_arguments(argv)
         if with_torchrun and int(os.environ["WORLD_SIZE"]) > 1:
             join_torchrun(config)
-        if config.summary:
-            print_layers(config)
-        elif config.evaluate:
-            evaluate_checkpoint(config, passed)
-        elif config.checkpoint:
-            code = classify_pictures(config, passed)
-        elif config.seeds:
-            train_seeds(config, passed)
-        else:
-            train(config, passed)
+        code = run_command(config, passed)
         if world()[1] > 1:
             distributed.destroy_process_group()
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        again = {name: value for name, value in passed.items() if name != "overwrite"}
-        command = command_of(again | {"resume": config.resume or ""})
-        message, code = f"\nstopped; finished epochs are kept. To continue:\n  {command}", 130
-        if config.checkpoint or config.summary:
-            message = "\nstopped"
-    except UserError as error:
-        message, code = f"error: {error}", error.exit_code
-    except ImportError as error:
-        message, code = f"error: {error}: python -m pip install {error.name}", 1
-    except OSError as error:
-        where = f"{error.filename or 'the output'}: {error.strerror}"
-        message, code = f"error: {where if error.strerror else error}", 1
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
-            steps = [f.name == "train_one_epoch" for f in traceback.extract_tb(error.__traceback__)]
-            hint = "a smaller --batch-size" if any(steps) else "--device cpu, or fewer images"
-            message = f"error: out of memory: try {hint}"
-        elif world()[1] > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
-            message = f"error: another process of this run has ended ({reason(error)})"
-        else:
-            raise  # a bug in this script; the traceback shows where
-        code = 1
-    if message and (rank == 0 or code == 1):  # the first process speaks for all of a wrong flag
-        print(message, file=sys.stderr)
+    except (KeyboardInterrupt, Exception) as error:
+        code, message = explain(error, config, passed)
+        if rank == 0 or code == 1:  # the first process speaks for all of a wrong flag
+            print(message, file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # a closed pipe or a full disk: Python would fail again at exit
