@@ -107,12 +107,11 @@ class Config:
     # system
     device: str             = flag("auto", "auto, cpu, mps, cuda, cuda:1, ...")
     precision: str          = flag("auto", "auto: bf16 where the hardware supports it", choices=["auto", "fp32", "bf16"])
-    compile: str            = flag("auto", "torch.compile for the LRN layers; on CUDA also graphs of the network", choices=["auto", "on", "off"])
+    compile: str            = flag("auto", "torch.compile for the LRN layers; on CUDA also graphs of the network", choices=["auto", "off"])
     deterministic: bool     = flag(False, "deterministic algorithms on a GPU too; a CPU run is deterministic anyway")
     # files
     output_dir: str | None  = flag(None, "folder of the run (default: runs/DATASET-MODEL-seedK, or the next of -2, -3, ...)")
     resume: str | None      = flag(None, "continue the newest run of this name, or the one of this last.pt or folder", nargs="?", const="")
-    overwrite: bool         = flag(False, "replace the newest run of this name, or the one in --output-dir")
     tensorboard: bool       = flag(False, "also log to TensorBoard, in the run's folder")
     # instead of training
     summary: bool           = flag(False, "print the layers of the network and exit")
@@ -510,7 +509,7 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     # All is checked: the folder is made, and what was chosen is stored, for a resumed run to keep
     folder = make_folder(folder, config)
     config = replace(
-        config, milestones=milestones, precision=precision, resume=None, overwrite=False,
+        config, milestones=milestones, precision=precision, resume=None,
         compile="auto" if hardware["compiled"] or hardware["cuda_graphs"] else "off",
         output_dir=str(folder), seeds=None, val_size=len(val_loader.labels) if val_loader else 0,
     )  # fmt: skip
@@ -862,7 +861,7 @@ def run_folder(config: Config) -> Path:
     pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
     found = filter(None, (pattern.fullmatch(path.name) for path in Path("runs").glob("*")))
     number = max((int(match[1] or 1) for match in found), default=0)
-    if config.resume is None and not config.overwrite:
+    if config.resume is None:
         number += 1
     return Path("runs", name if number < 2 else f"{name}-{number}")
 
@@ -873,7 +872,7 @@ def open_run(config: Config, passed: dict[str, Any]) -> tuple[Path | None, Confi
     A new run has no folder yet (None), unless its flags name it.
     """
     new = {"asked": asdict(config), "epoch": 0, "history": [], "best_epoch": 0, "best_model": None}
-    if config.resume is None and not config.overwrite and not config.output_dir:
+    if config.resume is None and not config.output_dir:
         return None, config, new
     folder = run_folder(config)
     last = user_path(config.resume) if config.resume else folder / "last.pt"
@@ -881,8 +880,8 @@ def open_run(config: Config, passed: dict[str, Any]) -> tuple[Path | None, Confi
     if config.resume or (config.resume == "" and last.exists()):
         run = load_checkpoint(last, "--resume")
         return last.parent, merge(config, passed, run, last), run
-    if not config.overwrite and (last.exists() or (folder / "best.pt").exists()):
-        raise UserError(f"{folder} holds a run: --resume continues it, --overwrite replaces it", 2)
+    if last.exists() or (folder / "best.pt").exists():
+        raise UserError(f"{folder} holds a run: --resume it, or choose another --output-dir", 2)
     if config.resume == "":
         print(f"note: nothing to resume in {folder}, starting at the first epoch")
     return folder, config, new
@@ -904,7 +903,7 @@ def make_folder(folder: Path | None, config: Config) -> Path:
 
 # What --resume may change; everything else comes from last.pt.
 RESUMABLE = {"dataset", "data_dir", "epochs", "no_test", "device", "compile", "output_dir"}
-RESUMABLE |= {"resume", "overwrite", "tensorboard", "seeds"}
+RESUMABLE |= {"resume", "tensorboard", "seeds"}
 
 
 def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: Path) -> Config:
@@ -953,11 +952,10 @@ def save_run(folder: Path, run: dict[str, Any], resumed: bool = False) -> None:
 
 
 def remove_stale_files(folder: Path, run: dict[str, Any]) -> None:
-    """Remove what a killed process left, and the results of a shorter or replaced run."""
+    """Remove what a killed process left, and the results of a shorter run."""
     stale = [*folder.glob(".*.[0-9]*.tmp")]
     if run["epoch"] < run["config"]["epochs"]:
-        names = ["summary.json", *PLOTS] + ([] if run["best_model"] else ["best.pt"])
-        stale += [folder / name for name in names]
+        stale += [folder / name for name in ("summary.json", *PLOTS)]
     for path in stale if world()[0] == 0 else ():
         path.unlink(missing_ok=True)
 
@@ -1037,9 +1035,7 @@ def load_checkpoint(path: Path, flag: str) -> dict[str, Any]:
             raise UserError(f"{path}: --resume takes a last.pt, --checkpoint a best.pt")
         known = {option.name for option in fields(Config)}
         config = Config(**{name: v for name, v in checkpoint["config"].items() if name in known})
-        checkpoint.setdefault("asked", asdict(config))  # an old one has none
-        if not isinstance(checkpoint.get("data", ""), str):
-            del checkpoint["data"]
+        # an old best.pt has None
         config.milestones = resolve_milestones(config.milestones, config.epochs)
         return checkpoint | {"config": config}
 
@@ -1488,10 +1484,10 @@ def compile_lrn(model: nn.Module, wanted: str, device: torch.device, precision: 
     """Have the LRN layers of a model compiled, each with its ReLU; returns whether they are.
 
     A copy is tried first, on two images, which compiles all kernels. If it fails the model is as
-    it was, and there is a note, or with "on" a UserError. "auto" leaves MPS alone.
+    it was, and there is a note. MPS is left alone.
     """
     has_lrn = any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
-    if not has_lrn or wanted == "off" or (wanted == "auto" and device.type == "mps"):
+    if not has_lrn or wanted == "off" or device.type == "mps":
         return False
     import torch._dynamo  # fails here, in one line, where its cache cannot be made
 
@@ -1507,8 +1503,6 @@ def compile_lrn(model: nn.Module, wanted: str, device: torch.device, precision: 
             logits = trial(images)
         logits.float().sum().backward()  # outside, as training does it
     except Exception as error:
-        if wanted == "on":
-            raise UserError(f"--compile on: it does not work here ({reason(error)})", 2) from None
         print(f"note: running without torch.compile, at half the speed ({reason(error)})")
         return False
     fuse_lrn(model)
@@ -1881,8 +1875,7 @@ def check(config: Config, passed: dict[str, Any]) -> None:
                 if isinstance(item, float):
                     limits.append("finite")
                 raise UserError(f"{name} {item}: must be {', '.join(limits)}", 2)
-    exclusive = [("resume", "overwrite"), ("seeds", "seed"), ("seeds", "overwrite")]
-    exclusive += [("evaluate", "image"), ("evaluate", "image_dir")]
+    exclusive = [("seeds", "seed"), ("evaluate", "image"), ("evaluate", "image_dir")]
     for one, other in exclusive:
         if passed.keys() >= {one, other}:
             raise UserError(f"{flag_name(one)} and {flag_name(other)} exclude each other", 2)
@@ -1940,8 +1933,7 @@ def explain(error: BaseException, config: Config, passed: dict[str, Any]) -> tup
     if isinstance(error, KeyboardInterrupt):
         if config.checkpoint or config.summary:
             return 130, "\nstopped"
-        again = {name: value for name, value in passed.items() if name != "overwrite"}
-        command = command_of(again | {"resume": config.resume or ""})
+        command = command_of(passed | {"resume": config.resume or ""})
         return 130, f"\nstopped; finished epochs are kept. To continue:\n  {command}"
     if isinstance(error, UserError):
         return error.exit_code, f"error: {error}"

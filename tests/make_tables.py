@@ -135,7 +135,7 @@ def comparison() -> Iterator[dict]:
 def precision() -> Iterator[dict]:
     for name in ("bf16", "fp32"):
         row = {"validation accuracy": f"`--precision {name}`"}
-        for flag, kernels in (("on", "compiled"), ("off", "eager")):
+        for flag, kernels in (("auto", "compiled"), ("off", "eager")):
             runs = load(f"precision/{name}-{kernels}/*.json")
             row[f"`--compile {flag}`"] = percent(*(run["best_val_accuracy"] for run in runs))
         yield row

@@ -107,16 +107,6 @@ def test_a_folder_that_cannot_be_made_is_named(small, tmp_path, one_minute):
         assert message.startswith("error: file" if flags else "error: runs")
 
 
-def test_overwrite_that_cannot_start_destroys_nothing(small, trained, tmp_path, monkeypatch):
-    before = files_in(trained)
-    flags = (*quick_flags(small), "--output-dir", "run", "--overwrite")
-    for wrong in (("--val-size", 1000), ("--dataset", "missing"), ("--device", "cuda:9")):
-        one_line_error(call(*flags, *wrong, cwd=tmp_path), 2)
-    monkeypatch.setattr(*WRITE_FAULTS["fsync"])
-    one_line_error(call(*flags, cwd=tmp_path), 1)
-    assert files_in(trained) == before
-
-
 def test_a_plot_that_fails_is_a_note_and_loses_nothing(trained, monkeypatch):
     (trained / "summary.json").unlink()
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: 1 / 0)
@@ -249,7 +239,7 @@ WRONG_FLAGS = {
     "choice": "--model resnet; --precision fp8; --recipe slow; --dataset mnist",
     "device": "--device gpu; --device cuda:7; --device meta",
     "empty": "--output-dir=; --milestones",
-    "excluded": "--resume --overwrite; --seeds 2 --seed 1; --evaluate --image a --checkpoint b",
+    "excluded": "--seeds 2 --seed 1; --evaluate --image a --checkpoint b",
     "file": "--resume last.pt --output-dir other; --resume last.pt --seeds 2",
     "no partner": "--image a.png; --checkpoint b.pt; --evaluate",
     "unknown": "--learning-rate 0.1; --ep 2; a.png",

@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,8 @@ def finish(ck, small, tmp_path, monkeypatch):
     monkeypatch.setitem(ck.MODELS, "krizhevsky", tiny_network)
 
     def finish(*flags: object) -> SimpleNamespace:
-        data = ("--dataset", small, "--val-size", 150, "--output-dir", "run", "--overwrite")
+        data = ("--dataset", small, "--val-size", 150, "--output-dir", "run")
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
         result = call(*data, "--precision", "fp32", "--compile", "off", *flags, cwd=tmp_path)
         assert result.code == 0, result.err
         with open(tmp_path / "run" / "metrics.csv", newline="") as file:
