@@ -36,6 +36,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -50,10 +51,10 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -65,10 +66,19 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # of images (B, 3, 32, 32) and labels
 # ---- Hyperparameters -----------------------------------------------------------------------------
 
 
-def flag(default: Any, help: str, **rules: Any) -> Any:
-    """A setting: its default, its --help text, the values it takes (min, above, below, choices)."""
-    rules |= {"default": default, "help": help}
-    return field(default_factory=lambda: copy.copy(default), metadata=rules)
+def flag(
+    default: Any, help: str, *limits: str,
+    choices: list[str] | None = None, nargs: str | None = None, const: str | None = None,
+) -> Any:  # fmt: skip
+    """A setting: its default, its --help text, its limits ("> 0", "< 1"), and what argparse takes."""
+    metadata = {
+        "help": help,
+        "limits": limits,
+        "choices": choices,
+        "nargs": nargs,
+        "const": const,
+    }
+    return field(default_factory=lambda: copy.copy(default), metadata=metadata)
 
 
 # fmt: off
@@ -77,45 +87,46 @@ class Config:
     """Every setting. Edit a default, or pass the flag of its name (batch_size: --batch-size)."""
 
     # data
-    dataset: str            = flag("cifar10", "cifar10, cifar100, cifar10-mini, or a folder with train/CLASS/* and test/CLASS/*")
+    dataset: str            = flag("cifar10", "cifar10, cifar100, cifar10-mini, or a folder of pictures")
     data_dir: str           = flag("data", "where the data sets are kept; the first run downloads them")
-    val_size: int | None    = flag(None, "training images held out (default: a tenth); 0: train on all, report the last epoch", min=0)
-    inputs: str             = flag("standardized", "standardized: mean 0 and std 1; 0-255: minus the mean only, as in cuda-convnet", choices=["standardized", "0-255"])
+    val_size: int | None    = flag(None, "training images held out (default: a tenth); 0: none", ">= 0")
+    inputs: str             = flag("standardized", "0-255: minus the mean only", choices=["standardized", "0-255"])
     # network
-    model: str              = flag("krizhevsky", "which network", choices=["krizhevsky", "five-conv", "alexnet", "compact"])
+    model: str              = flag("krizhevsky", "which network")  # a name in MODELS
     norm: str               = flag("lrn", "normalization of krizhevsky and alexnet", choices=["lrn", "none"])
-    lrn_size: int           = flag(5, "LRN: window width in channels", min=1)
-    lrn_alpha: float        = flag(1e-4, "LRN: alpha (divided by the window width)", min=0)
-    lrn_beta: float         = flag(0.75, "LRN: exponent", min=0)
-    lrn_k: float            = flag(2.0, "LRN: additive constant", above=0)
-    dropout: float | None   = flag(None, "dropout (default: 0; five-conv and alexnet 0.5, compact 0.03)", min=0, below=1)
+    lrn_size: int           = flag(5, "LRN: window width in channels", ">= 1")
+    # with standardized inputs 1e-4 makes LRN a constant factor; 1.0, with lrn_k 1.0, makes it act
+    lrn_alpha: float        = flag(1e-4, "LRN: alpha (divided by the window width)", ">= 0")
+    lrn_beta: float         = flag(0.75, "LRN: exponent", ">= 0")
+    lrn_k: float            = flag(2.0, "LRN: additive constant", "> 0")
+    dropout: float | None   = flag(None, "dropout (default: 0; five-conv, alexnet 0.5; compact 0.03)", ">= 0", "< 1")
     # training: SGD with momentum; the learning rate is multiplied by gamma at each milestone
-    recipe: str | None      = flag(None, "a named set of hyperparameters; other flags override it", choices=["quick", "short", "medium", "best"])
-    epochs: int             = flag(200, "passes over the training images", min=1)
-    batch_size: int         = flag(128, "images per step", min=1)
-    lr: float               = flag(0.01, "initial learning rate", above=0)
-    momentum: float         = flag(0.9, "SGD momentum", min=0, below=1)
-    weight_decay: float     = flag(5e-4, "L2 penalty on all parameters", min=0)
-    label_smoothing: float  = flag(0.0, "label smoothing", min=0, below=1)
-    gamma: float            = flag(0.1, "learning rate factor at each milestone", above=0)
-    milestones: list[float] = flag([0.3, 0.6, 0.8], "epochs after which the learning rate drops; below 1: as fractions of all epochs", above=0, nargs="+")
-    seed: int               = flag(0, "random seed (init, shuffling, augmentation, dropout; the split is fixed)", min=0)
-    seeds: int | None       = flag(None, "run seeds 0 to N-1, each in its own folder; print mean and std", min=1)
+    recipe: str | None      = flag(None, "named hyperparameters; other flags override them")  # in RECIPES
+    epochs: int             = flag(200, "passes over the training images", ">= 1")
+    batch_size: int         = flag(128, "images per step", ">= 1")
+    lr: float               = flag(0.01, "initial learning rate", "> 0")
+    momentum: float         = flag(0.9, "SGD momentum", ">= 0", "< 1")
+    weight_decay: float     = flag(5e-4, "L2 penalty on all parameters", ">= 0")
+    label_smoothing: float  = flag(0.0, "label smoothing", ">= 0", "< 1")
+    gamma: float            = flag(0.1, "learning rate factor at each milestone", "> 0")
+    milestones: list[float] = flag([0.3, 0.6, 0.8], "epochs after which lr drops; below 1: fractions", "> 0", nargs="+")
+    seed: int               = flag(0, "seed of weights, order, crops, flips, dropout; not the split", ">= 0")
+    seeds: int | None       = flag(None, "run seeds 0 to N-1, each in its folder; print mean and std", ">= 1")
     # evaluation
     select: str             = flag("accuracy", "validation metric that chooses best.pt", choices=["accuracy", "loss"])
     no_test: bool           = flag(False, "skip the final test (use this while tuning)")
     # system
     device: str             = flag("auto", "auto, cpu, mps, cuda, cuda:1, ...")
     precision: str          = flag("auto", "auto: bf16 where the hardware supports it", choices=["auto", "fp32", "bf16"])
-    compile: str            = flag("auto", "torch.compile for the LRN layers; on CUDA also graphs of the network", choices=["auto", "off"])
-    deterministic: bool     = flag(False, "deterministic algorithms on a GPU too; a CPU run is deterministic anyway")
+    compile: str            = flag("auto", "torch.compile for LRN; on CUDA also graphs", choices=["auto", "off"])
+    deterministic: bool     = flag(False, "deterministic algorithms on a GPU too, as always on a CPU")
     # files
-    output_dir: str | None  = flag(None, "folder of the run (default: runs/DATASET-MODEL-seedK, or the next of -2, -3, ...)")
-    resume: str | None      = flag(None, "continue the newest run of this name, or the one of this last.pt or folder", nargs="?", const="")
+    output_dir: str | None  = flag(None, "folder of the run (default: runs/DATASET-MODEL-seedK[-N])")
+    resume: str | None      = flag(None, "continue the newest run, or that of a last.pt or folder", nargs="?", const="")
     tensorboard: bool       = flag(False, "also log to TensorBoard, in the run's folder")
     # instead of training
     summary: bool           = flag(False, "print the layers of the network and exit")
-    checkpoint: str | None  = flag(None, "a trained network (best.pt) for --evaluate, --image or --image-dir")
+    checkpoint: str | None  = flag(None, "a best.pt, for --evaluate, --image or --image-dir")
     evaluate: bool          = flag(False, "test --checkpoint again and redraw its plots")
     image: list[str] | None = flag(None, "classify these pictures with --checkpoint", nargs="+")
     image_dir: str | None   = flag(None, "classify every picture in this folder and below")
@@ -124,14 +135,21 @@ class Config:
 
 
 BASE = {"weight_decay": 1e-3, "lrn_alpha": 1.0, "lrn_k": 1.0}
-BATCHES_OF_64 = {"batch_size": 64, "lr": 0.03, "milestones": [0.4, 0.6, 0.75, 0.9], "gamma": 0.3}
+SHORT = {
+    **BASE, "epochs": 24, "batch_size": 64, "lr": 0.03,
+    "milestones": [0.4, 0.6, 0.75, 0.9], "gamma": 0.3,
+}
 RECIPES = {  # test error on CIFAR-10, one view
-    "quick":  BASE | {"epochs": 4, "batch_size": 32, "lr": 0.02, "milestones": [0.75],  # 23.2 %
-                      "label_smoothing": 0.1},
-    "short":  BASE | {"epochs": 24} | BATCHES_OF_64,  # 13.9 %
-    "medium": BASE | {"epochs": 72} | BATCHES_OF_64,  # 10.9 %
-    "best":   BASE | {"epochs": 200, "lr": 0.05, "milestones": [0.45, 0.75, 0.925],  # 9.8 %
-                      "dropout": 0.3, "label_smoothing": 0.1, "val_size": 0},
+    "quick": {  # 23.2 %
+        **BASE, "epochs": 4, "batch_size": 32, "lr": 0.02,
+        "milestones": [0.75], "label_smoothing": 0.1,
+    },
+    "short": SHORT,  # 13.9 %
+    "medium": {**SHORT, "epochs": 72},  # 10.9 %
+    "best": {  # 9.8 %
+        **BASE, "epochs": 200, "lr": 0.05,
+        "milestones": [0.45, 0.75, 0.925], "dropout": 0.3, "label_smoothing": 0.1, "val_size": 0,
+    },
 }
 # fmt: on
 
@@ -1813,76 +1831,8 @@ def tune_glibc_malloc() -> None:
 # ---- Command line --------------------------------------------------------------------------------
 
 
-# The flags that --help lists first.
-COMMON = ("dataset", "recipe", "epochs", "lr", "batch_size", "model", "seed", "resume", "no_test")
-
-
 def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse, without the usage of forty flags in front of every error."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message} (see --help)", 2)
-
-
-def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, Any]]:
-    """The configuration, and the flags that were passed, by the names of their settings."""
-    description, commands = [*(__doc__ or "").split("\n\n"), ""][:2]
-    recipes = [f"    {name:<7} {command_of(values)}" for name, values in RECIPES.items()]
-    epilog = "\n".join(["recipes:", *recipes, "", "examples:", commands])
-    parser = OneLineParser(
-        description=description, epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
-    for option in sorted(fields(Config), key=lambda option: option.name not in COMMON):
-        rules, default, declared = option.metadata, option.metadata["default"], str(option.type)
-        kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in declared)
-        settings = {key: rules[key] for key in ("nargs", "const", "choices") if key in rules}
-        settings |= {"action": "store_true"} if kind is bool else {"type": kind}
-        if isinstance(default, list):
-            default = " ".join(map(str, default))
-        shown = "" if default is None or kind is bool else f" (default: {default})"
-        parser.add_argument(flag_name(option.name), help=rules["help"] + shown, **settings)
-    words = sys.argv[1:] if argv is None else argv
-    words = [re.sub("^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in words]
-    passed = vars(parser.parse_args(words))
-    recipe = RECIPES.get(passed.get("recipe", Config().recipe), {})
-    config = Config(**recipe | passed)
-    check(config, passed)
-    if recipe.keys() & passed.keys():
-        config.recipe = None  # it is another one now
-    return config, passed
-
-
-def check(config: Config, passed: dict[str, Any]) -> None:
-    """Raise UserError for a value out of range, and for flags that exclude each other."""
-    for option in fields(Config):
-        name, value, rules = flag_name(option.name), getattr(config, option.name), option.metadata
-        least, above = rules.get("min", -math.inf), rules.get("above", -math.inf)
-        for item in value if isinstance(value, list) else [value]:
-            if item is None or option.name == "resume":
-                continue
-            allowed = item != "" and item in rules.get("choices", [item])
-            if not isinstance(item, str):
-                allowed = least <= item and above < item < rules.get("below", math.inf)
-            if not allowed:
-                keys = rules.keys() & {"choices", "min", "above", "below"}
-                limits = [f"{key} {rules[key]}" for key in sorted(keys)] or ["not empty"]
-                if isinstance(item, float):
-                    limits.append("finite")
-                raise UserError(f"{name} {item}: must be {', '.join(limits)}", 2)
-    exclusive = [("seeds", "seed"), ("evaluate", "image"), ("evaluate", "image_dir")]
-    for one, other in exclusive:
-        if passed.keys() >= {one, other}:
-            raise UserError(f"{flag_name(one)} and {flag_name(other)} exclude each other", 2)
-    if config.resume and passed.keys() & {"seeds", "output_dir"}:
-        raise UserError("--resume FILE continues in its folder: no --seeds, no --output-dir", 2)
-    if bool(config.checkpoint) != bool(passed.keys() & {"evaluate", "image", "image_dir"}):
-        raise UserError("--checkpoint goes with --image FILE, --image-dir DIR or --evaluate", 2)
 
 
 def command_of(passed: dict[str, Any]) -> str:
@@ -1892,10 +1842,143 @@ def command_of(passed: dict[str, Any]) -> str:
         words = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
     words.append(sys.argv[0] if sys.argv[0].endswith(".py") else "cifar_krizhevsky.py")
     for name, value in passed.items():
-        if value is not None and value is not False:
-            values = value if isinstance(value, list) else [value]
-            words += [flag_name(name), *(str(v) for v in values if v is not True and v != "")]
+        if value is None or value is False:
+            continue
+        words.append(flag_name(name))
+        if isinstance(value, list):
+            words += map(str, value)
+        elif value is not True and value != "":
+            words.append(str(value))
     return shlex.join(words)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, without the usage of forty flags in front of every error."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message} (see --help)", 2)
+
+
+def choices_of(option: Field) -> Iterable[str] | None:
+    """The values that a setting may have, None for any; networks and recipes are named once."""
+    defined = {"model": MODELS, "recipe": RECIPES}
+    return defined.get(option.name, option.metadata["choices"])
+
+
+def add_flag(group: Any, option: Field) -> None:
+    """Add the flag of a setting to a group of the parser."""
+    name = flag_name(option.name)
+    text = option.metadata["help"]
+    if option.type is bool:
+        group.add_argument(name, action="store_true", help=text)
+        return
+    kind = option.type
+    while get_args(kind):  # list[str] | None, then list[str], then str
+        kind = get_args(kind)[0]
+    default = option.default_factory()
+    if isinstance(default, list):
+        default = " ".join(map(str, default))
+    if default is not None:
+        text = f"{text} (default: {default})"
+    group.add_argument(
+        name,
+        help=text,
+        type=kind,
+        choices=choices_of(option),
+        nargs=option.metadata["nargs"],
+        const=option.metadata["const"],
+    )
+
+
+GROUPS = {  # of --help, each from this setting on
+    "dataset": "data",
+    "model": "network",
+    "recipe": "training",
+    "select": "evaluation",
+    "device": "system",
+    "output_dir": "files",
+    "summary": "instead of training",
+}
+
+
+def make_parser() -> OneLineParser:
+    """A parser with the flags of Config, which sets those that are passed and no others."""
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    examples, _, _ = rest.partition("\n\n")
+    epilog = ["recipes:"]
+    for name, values in RECIPES.items():
+        epilog.append(f"    {name:<7} {command_of(values)}")
+    epilog += ["", "examples:", examples]
+    parser = OneLineParser(
+        description=description,
+        epilog="\n".join(epilog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    group = parser
+    for option in fields(Config):
+        if option.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[option.name])
+        add_flag(group, option)
+    return parser
+
+
+COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt}  # what limits may begin with
+
+
+def complaint(value: Any, option: Field) -> str:
+    """The rule of a setting that this value breaks; "" if it breaks none."""
+    if value is None or value == option.metadata["const"]:
+        return ""
+    if value == "":
+        return "must not be empty"
+    choices = choices_of(option)
+    if choices and value not in choices:
+        return f"must be one of {', '.join(choices)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be finite"
+    for rule in option.metadata["limits"]:
+        sign, limit = rule.split()
+        if not COMPARE[sign](value, float(limit)):
+            return f"must be {rule}"
+    return ""
+
+
+EXCLUSIVE = [("seeds", "seed"), ("evaluate", "image"), ("evaluate", "image_dir")]
+
+
+def check(config: Config, passed: dict[str, Any]) -> None:
+    """Raise UserError for a value that breaks a rule, and for flags that exclude each other."""
+    for option in fields(Config):
+        value = getattr(config, option.name)
+        for item in value if isinstance(value, list) else [value]:
+            if why := complaint(item, option):
+                raise UserError(f"{flag_name(option.name)} {item}: {why}", 2)
+    for one, other in EXCLUSIVE:
+        if one in passed and other in passed:
+            raise UserError(f"{flag_name(one)} and {flag_name(other)} exclude each other", 2)
+    if config.resume and passed.keys() & {"seeds", "output_dir"}:
+        raise UserError("--resume FILE continues in its folder: no --seeds, no --output-dir", 2)
+    if bool(config.checkpoint) != bool(passed.keys() & {"evaluate", "image", "image_dir"}):
+        raise UserError("--checkpoint goes with --image FILE, --image-dir DIR or --evaluate", 2)
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, Any]]:
+    """The configuration, and the flags that were passed, by the names of their settings."""
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        words.append(name + equals + value)
+    passed = vars(make_parser().parse_args(words))
+    recipe = RECIPES.get(passed.get("recipe", Config().recipe), {})
+    config = replace(Config(**recipe), **passed)
+    check(config, passed)
+    if recipe.keys() & passed.keys():
+        config.recipe = None  # it is another one now
+    return config, passed
 
 
 def set_up_process(rank: int) -> None:

@@ -249,6 +249,27 @@ def test_help_shows_every_flag_with_a_text_and_its_default(ck, capsys):
             assert type(first)(said.split()[0]) == first, name
 
 
+def test_help_has_the_groups_of_config_and_recipes_as_commands(ck, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        ck.main(["--help"])
+    out = capsys.readouterr().out
+    block = SCRIPT.read_text().split("class Config:")[1].split("\n\n\n")[0]
+    titles = re.findall(r"(?m)^    # ([a-z ]+)(?:: SGD.*)?$\n    (\w+):", block)
+    shown = re.findall(r"(?m)^([a-z ]+):$\n  --([\w-]+)", out)
+    assert shown == [(title, name.replace("_", "-")) for title, name in titles]
+    commands = dict(re.findall(r"(?m)^    (\w+) +python \S+ (--.*)$", out.split("recipes:")[1]))
+    assert commands.keys() == ck.RECIPES.keys()
+    for name, words in commands.items():
+        spelled_out, _ = ck.parse_arguments(shlex.split(words))
+        named, _ = ck.parse_arguments(["--recipe", name])
+        assert asdict(spelled_out) | {"recipe": name} == asdict(named)
+
+
+def test_a_class_that_is_added_to_models_is_a_choice_of_model(ck, monkeypatch):
+    monkeypatch.setitem(ck.MODELS, "mine", torch.nn.Identity)
+    assert ck.parse_arguments(["--model", "mine"])[0].model == "mine"
+
+
 def test_editing_the_block_and_passing_the_flag_are_the_same(ck):
     edits = {"dataset": "cifar100", "lr": 0.05, "val_size": 0, "no_test": True, "epochs": 7}
     text = SCRIPT.read_text()

@@ -253,6 +253,22 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2_and_makes_nothing(flags, small
     assert result.err.count("\n") == 1 and not [*tmp_path.iterdir()]
 
 
+BROKEN_RULES = {
+    "--momentum 1": "be < 1",
+    "--momentum -1": "be >= 0",
+    "--lr 0": "be > 0",
+    "--lr nan": "be finite",
+    "--milestones 2 0": "be > 0",
+    "--output-dir=": "not be empty",
+}
+
+
+@pytest.mark.parametrize("flags", BROKEN_RULES)
+def test_the_error_says_which_rule_a_value_breaks(flags, tmp_path):
+    message = one_line_error(call(*flags.split(), cwd=tmp_path), 2)
+    assert message.endswith(f"must {BROKEN_RULES[flags]}")
+
+
 @pytest.mark.parametrize("library", [torch, np])
 def test_out_of_memory_is_one_line(library, small, tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Conv2d, "forward", lambda *_: library.empty(2**50))
