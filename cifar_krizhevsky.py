@@ -1065,6 +1065,168 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 # ==== Reference: nobody needs what follows to understand a run ====================================
 
+# ---- Using a trained network ---------------------------------------------------------------------
+
+
+def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The network in a best.pt, ready for use, and its `config`, `classes`, `mean`, `std`, `epoch`.
+
+    Raises UserError if the file is missing, damaged or something else.
+    """
+    path = user_path(path)
+    checkpoint = load_checkpoint(path, "--checkpoint")
+    with checkpoint_errors(path):
+        model = build_model(checkpoint["config"], len(checkpoint["classes"]))
+        model.load_state_dict(checkpoint["model"])
+    return model.to(device, memory_format=memory_format(device)).eval(), checkpoint
+
+
+class Classifier:
+    """A trained network, for pictures of any size, mode and format.
+
+    >>> classifier = Classifier("results/cifar10-best/best.pt")
+    >>> classifier("photo.jpg")  # {"cat": 0.93, "dog": 0.04, ...}, the most probable class first
+    """
+
+    def __init__(self, checkpoint: str | Path, device: str = "auto", precision: str = "") -> None:
+        self.device = choose_device(device)
+        self.model, self.trained = load_trained(checkpoint, self.device)
+        self.classes = self.trained["classes"]
+        if not precision:  # as it was trained, bf16 only where this hardware computes in it
+            precision = self.trained["config"].precision.replace("bf16", "auto")
+        self.precision = choose_precision(precision, self.device)
+
+    def __call__(self, picture: str | Path) -> dict[str, float]:
+        return self.classify(read_picture(picture)[None])[0]
+
+    def loader(self, images: Tensor, labels: Tensor) -> CifarLoader:
+        """Images (N, 3, 32, 32) uint8 and labels (N,) as batches for this network."""
+        return CifarLoader(
+            images,
+            labels,
+            self.classes,
+            self.trained["mean"],
+            self.trained["std"],
+            EVAL_BATCH_SIZE,
+            device=self.device,
+        )
+
+    def classify(self, images: Tensor) -> list[dict[str, float]]:
+        """The probability of each class, highest first, for images (N, 3, 32, 32) uint8."""
+        no_labels = torch.zeros(len(images), dtype=torch.int64)
+        loader = self.loader(images, no_labels)
+        log_probabilities, _ = predict(self.model, loader, self.device, self.precision)
+        results = []
+        for row in log_probabilities.exp().tolist():
+            probability = dict(zip(self.classes, row))
+            ranked = sorted(probability, key=probability.get, reverse=True)
+            results.append({name: probability[name] for name in ranked})
+        return results
+
+
+def print_classes(rows: dict[str, dict[str, float]], classes: list[str]) -> None:
+    """Print a line for each picture: its file, then the classes and their probabilities."""
+    file_width = max(map(len, rows))
+    class_width = max(map(len, classes))
+    for file, probability in rows.items():
+        cells = [f"{file:<{file_width}}"]
+        for name, p in probability.items():
+            cells.append(f"{name:<{class_width}} {p:6.1%}")
+        print("  ".join(cells))
+
+
+def print_folder_accuracy(results: dict[Path, dict[str, float]], classes: list[str]) -> None:
+    """Print how many pictures have the class that their folder is named after, if any is."""
+    labeled = 0
+    right = 0
+    for path, probability in results.items():
+        label = path.parent.name
+        best = next(iter(probability))
+        if label in classes:
+            labeled += 1
+            right += best == label
+    if labeled:
+        print(f"{right} of {labeled} have the class that their folder is named after")
+
+
+def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
+    """Classify pictures and print the result; returns 1 if one could not be read, else 0."""
+    classifier = Classifier(config.checkpoint, config.device, passed.get("precision", ""))
+    paths = [Path(path) for path in config.image or []]
+    if config.image_dir:
+        paths += list_pictures(user_path(config.image_dir))
+    pictures, failures = read_pictures(paths)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if not pictures:
+        return 1
+    images = torch.stack([*pictures.values()])
+    results = dict(zip(pictures, classifier.classify(images)))
+    count = None if config.show_all_probs else 3
+    rows = {}
+    for path, probability in results.items():
+        rows[str(path)] = dict(itertools.islice(probability.items(), count))
+    if config.json:
+        entries = [{"file": file, "classes": row} for file, row in rows.items()]
+        print(json.dumps(entries, indent=1))
+    else:
+        print_classes(rows, classifier.classes)
+        print_folder_accuracy(results, classifier.classes)
+    return 1 if failures else 0
+
+
+def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
+    """Test a trained network again, as its run did unless flags differ; redraw its plots."""
+    path = user_path(config.checkpoint)
+    classifier = Classifier(path, config.device, passed.get("precision", ""))
+    model = classifier.model
+    trained = classifier.trained["config"]
+    trained.dataset = passed.get("dataset", trained.dataset)
+    data_dir = config.data_dir
+    if "data_dir" not in passed and user_path(trained.data_dir).is_dir():
+        data_dir = trained.data_dir
+    data = read_dataset(trained.dataset, data_dir)
+    if data.classes != classifier.classes:
+        raise UserError(f"{path} was trained on other classes than {trained.dataset} has", 2)
+    folder = user_path(config.output_dir or path.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    tune_glibc_malloc()
+    compile_lrn(model, config.compile, classifier.device, classifier.precision)
+    loader = classifier.loader(data.test_images, data.test_labels)
+    metrics, evaluation = compute_test_metrics(model, loader, classifier.precision)
+    print_test(f"{path} (epoch {classifier.trained['epoch']}) on {trained.dataset}", metrics)
+    title = f"{run_title(trained)}: test accuracy {evaluation.top1:.2f} %"
+    save_plot(folder / "predictions.png", title, plot_predictions, loader, evaluation)
+    save_plot(folder / "confusion.png", title, plot_confusion_matrix, loader, evaluation)
+    save_plot(folder / "filters.png", title, plot_filters, model)
+    print(f"wrote {', '.join(PLOTS[1:])} in {folder}")
+
+
+def print_layers(config: Config) -> None:
+    """Print the layers of a network with their output shapes and parameters."""
+    known = {"cifar10": 10, "cifar10-mini": 10, "cifar100": 100}  # without their files
+    num_classes = known.get(config.dataset)
+    if num_classes is None:
+        num_classes = len(read_dataset(config.dataset).classes)
+    model = build_model(config, num_classes).eval()
+    line = "{:<14} {:<28} {:>12} {:>12}".format
+
+    def print_layer(name: str, layer: nn.Module, _: Any, output: Tensor) -> None:
+        parameters = sum(p.numel() for p in layer.parameters())
+        shape = "x".join(map(str, output.shape[1:]))
+        print(line(name, type(layer).__name__, shape, f"{parameters:,}"))
+
+    print(line("layer", "type", "output", "parameters"))
+    for name, layer in model.named_modules():
+        is_leaf = not any(layer.children())
+        if is_leaf and not isinstance(layer, nn.ReLU | nn.Dropout | nn.Dropout2d):
+            layer.register_forward_hook(functools.partial(print_layer, name))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(line("all", "", "", f"{parameters:,}"))
+
+
 # ---- Plots, TensorBoard --------------------------------------------------------------------------
 
 PLOTS = ("curves.png", "predictions.png", "confusion.png", "filters.png")
@@ -1072,18 +1234,22 @@ PLOTS = ("curves.png", "predictions.png", "confusion.png", "filters.png")
 
 def plot_label(name: str) -> str:
     """A user's name for matplotlib: at most 24 characters, and a $ begins no formula."""
-    name = name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}"
+    if len(name) > 24:
+        name = f"{name[:12]}…{name[-11:]}"
     return name.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def run_title(config: Config) -> str:
     """The title of a run's plots: what it trained, and the hyperparameters that are not usual."""
-    usual = Config(**RECIPES.get(config.recipe, {}) | {"model": config.model})
+    recipe = RECIPES.get(config.recipe, {})
+    usual = replace(Config(**recipe), model=config.model)
     usual.milestones = resolve_milestones(usual.milestones, config.epochs)
+    names = [option.name for option in fields(Config)]
+    hyperparameters = names[names.index("inputs") : names.index("seed")]
     parts = [plot_label(Path(config.dataset).name), config.model, f"seed {config.seed}"]
-    names = [*asdict(config)]
-    for name in names[names.index("inputs") : names.index("seed")]:
-        if (value := getattr(config, name)) != getattr(usual, name):
+    for name in hyperparameters:
+        value = getattr(config, name)
+        if value != getattr(usual, name):
             words = f"{name.replace('_', ' ')} {value}"
             parts.append(words.replace(" ", "\N{NO-BREAK SPACE}"))
     return textwrap.fill(", ".join(parts), 90)
@@ -1093,16 +1259,19 @@ def plot_results(figure: Any, history: list[dict], best_epoch: int) -> None:
     """Draw loss, accuracy and learning rate over the epochs."""
     figure.set_size_inches(11, 3.4)
     panels = figure.subplots(1, 3)
-    columns = {name: [row[name] for row in history] for name in history[0]}
-    epochs, rates = columns["epoch"], columns["learning_rate"]
+    epochs = [row["epoch"] for row in history]
     marker = "." if len(history) < 15 else None
     for axes, name in zip(panels, ("loss", "accuracy")):
-        axes.plot(epochs, columns[f"train_{name}"], marker=marker, label="training")
-        if history[0]["val_loss"] is not None:
-            axes.plot(epochs, columns[f"val_{name}"], marker=marker, label="validation")
-            best = (best_epoch, columns[f"val_{name}"][best_epoch - 1])
-            axes.plot(*best, "o", color="black", mfc="none", label=f"best epoch ({best_epoch})")
+        train_values = [row[f"train_{name}"] for row in history]
+        axes.plot(epochs, train_values, marker=marker, label="training")
+        val_values = [row[f"val_{name}"] for row in history]
+        if val_values[0] is not None:
+            axes.plot(epochs, val_values, marker=marker, label="validation")
+            best = val_values[best_epoch - 1]
+            circle = {"color": "black", "mfc": "none", "label": f"best epoch ({best_epoch})"}
+            axes.plot(best_epoch, best, "o", **circle)
         axes.legend(frameon=False)
+    rates = [row["learning_rate"] for row in history]
     panels[2].semilogy(epochs, rates, color="tab:green", drawstyle="steps-mid", marker=marker)
     for axes, name in zip(panels, ("cross-entropy loss", "accuracy (%)", "learning rate")):
         axes.set(xlabel="epoch", ylabel=name)
@@ -1116,22 +1285,28 @@ def plot_predictions(figure: Any, loader: CifarLoader, result: Evaluation) -> No
     names = [plot_label(name) for name in loader.classes]
     probabilities, predicted = result.log_probabilities.exp().max(1)
     wrong = predicted != result.labels
-    mistakes = (probabilities * wrong).argsort(descending=True)[: wrong.sum()]
-    count = min(32, len(wrong))
-    evenly = [n * len(wrong) // count for n in range(count)]
+
+    def draw(axes: Any, i: int) -> None:
+        percent = ">99%" if probabilities[i] > 0.99 else f"{probabilities[i]:.0%}"
+        pixels = loader.images[i].permute(1, 2, 0).cpu().numpy()
+        axes.imshow(pixels, interpolation="nearest")
+        axes.axis("off")
+        title = f"{names[predicted[i]]} {percent}"
+        if wrong[i]:
+            title = f"{title}\n✗ is {names[result.labels[i]]}"
+            axes.set_title(title, fontsize=7, color="tab:red", weight="bold")
+        else:
+            axes.set_title(title, fontsize=7)
+
     figure.set_size_inches(11, 9)
-    parts = figure.subfigures(2, 1, height_ratios=[4, 1.3])
-    parts[1].suptitle("the most confident mistakes", fontsize=10)
-    for part, rows, chosen in zip(parts, (4, 1), (evenly, mistakes[:8].tolist())):
-        for n, i in enumerate(chosen, start=1):
-            percent = ">99%" if probabilities[i] > 0.99 else f"{probabilities[i]:.0%}"
-            axes = part.add_subplot(rows, 8, n)
-            axes.imshow(loader.images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-            title = axes.set_title(f"{names[predicted[i]]} {percent}", fontsize=7)
-            if wrong[i]:
-                title.set_text(f"{title.get_text()}\n✗ is {names[result.labels[i]]}")
-                title.set(color="tab:red", weight="bold")
-            axes.axis("off")
+    above, below = figure.subfigures(2, 1, height_ratios=[4, 1.3])
+    count = min(32, len(wrong))
+    for n in range(count):
+        draw(above.add_subplot(4, 8, n + 1), n * len(wrong) // count)
+    below.suptitle("the most confident mistakes", fontsize=10)
+    mistakes = (probabilities * wrong).argsort(descending=True)[: wrong.sum()]
+    for n, i in enumerate(mistakes[:8].tolist()):
+        draw(below.add_subplot(1, 8, n + 1), i)
 
 
 def plot_confusion_matrix(figure: Any, loader: CifarLoader, result: Evaluation) -> None:
@@ -1141,20 +1316,26 @@ def plot_confusion_matrix(figure: Any, loader: CifarLoader, result: Evaluation) 
     """
     matrix = confusion_matrix(result).numpy()
     count = len(matrix)
-    mistakes = np.where(np.eye(count, dtype=bool), np.nan, matrix)
-    few = count <= 20
-    figure.set_size_inches((7.5, 6.5) if few else (15, 14))
+    is_small = count <= 20
+    is_diagonal = np.eye(count, dtype=bool)
+    mistakes = np.where(is_diagonal, np.nan, matrix)
+    figure.set_size_inches((7.5, 6.5) if is_small else (15, 14))
     axes = figure.subplots()
     axes.set_facecolor("lightgray")
     image = axes.imshow(mistakes, cmap="Reds", vmin=0)
     figure.colorbar(image, shrink=0.7, label="mistakes (% of the true class)")
-    style = {"labels": [*map(plot_label, loader.classes)], "fontsize": 9 if few else 6}
-    rotation, align = (45, "right") if few else (90, "center")
-    axes.set_xticks(range(count), rotation=rotation, ha=align, **style)
-    axes.set_yticks(range(count), **style)
     axes.set(xlabel="predicted class", ylabel="true class")
-    for i, j in itertools.product(range(count), repeat=2) if few else ():
-        color = "white" if mistakes[i, j] > 0.6 * np.nanmax(mistakes) else "black"
+    names = [plot_label(name) for name in loader.classes]
+    if is_small:
+        axes.set_xticks(range(count), names, fontsize=9, rotation=45, ha="right")
+        axes.set_yticks(range(count), names, fontsize=9)
+    else:
+        axes.set_xticks(range(count), names, fontsize=6, rotation=90, ha="center")
+        axes.set_yticks(range(count), names, fontsize=6)
+        return  # no room for numbers
+    dark = 0.6 * np.nanmax(mistakes)
+    for i, j in itertools.product(range(count), repeat=2):
+        color = "white" if mistakes[i, j] > dark else "black"
         axes.text(j, i, f"{matrix[i, j]:.1f}", ha="center", va="center", fontsize=8, color=color)
 
 
@@ -1164,8 +1345,10 @@ def plot_filters(figure: Any, model: nn.Module) -> None:
 
     first_layer = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
     weights = first_layer.weight.detach().float().cpu()  # (out, 3, height, width)
-    weights = weights[weights.flatten(1).norm(dim=1).argsort(descending=True)]
-    grid = make_grid(weights / (2 * weights.abs().max()) + 0.5, nrow=16, padding=1, pad_value=1)
+    norms = weights.flatten(1).norm(dim=1)
+    strongest_first = weights[norms.argsort(descending=True)]
+    pixels = strongest_first / (2 * weights.abs().max()) + 0.5  # zero is 0.5
+    grid = make_grid(pixels, nrow=16, padding=1, pad_value=1)
     figure.set_size_inches(8, 0.7 + 8 * grid.size(1) / grid.size(2))
     axes = figure.subplots()
     axes.set_title("first-layer filters, strongest first (gray is zero)", fontsize=10)
@@ -1194,132 +1377,13 @@ def save_plot(path: Path, title: str, draw: Callable[..., None], *args: Any) -> 
 
 def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
     """Write the metrics of these epochs to TensorBoard, if there is a writer."""
-    for row in rows if writer else ():
+    if writer is None:
+        return
+    for row in rows:
         for name, value in row.items():
             if value is not None and name != "epoch":
                 writer.add_scalar(name, value, row["epoch"])
                 writer.flush()
-
-
-# ---- Using a trained network ---------------------------------------------------------------------
-
-
-def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """The network in a best.pt, ready for use, and its `config`, `classes`, `mean`, `std`, `epoch`.
-
-    Raises UserError if the file is missing, damaged or something else.
-    """
-    path = user_path(path)
-    checkpoint = load_checkpoint(path, "--checkpoint")
-    with checkpoint_errors(path):
-        model = build_model(checkpoint["config"], len(checkpoint["classes"]))
-        model.load_state_dict(checkpoint["model"])
-    return model.to(device, memory_format=memory_format(device)).eval(), checkpoint
-
-
-class Classifier:
-    """A trained network, for pictures of any size, mode and format.
-
-    >>> classifier = Classifier("results/cifar10-best/best.pt")
-    >>> classifier("photo.jpg")  # {"cat": 0.93, "dog": 0.04, ...}, the most probable class first
-    """
-
-    def __init__(self, checkpoint: str | Path, device: str = "auto", precision: str = "") -> None:
-        self.device = choose_device(device)
-        self.model, self.trained = load_trained(checkpoint, self.device)
-        self.classes = self.trained["classes"]
-        trained = self.trained["config"].precision.replace("bf16", "auto")  # if this hardware can
-        self.precision = choose_precision(precision or trained, self.device)
-
-    def __call__(self, picture: str | Path) -> dict[str, float]:
-        return self.classify(read_picture(picture)[None])[0]
-
-    def loader(self, images: Tensor, labels: Tensor) -> CifarLoader:
-        """Images (N, 3, 32, 32) uint8 and labels (N,) as batches for this network."""
-        constants = (self.classes, self.trained["mean"], self.trained["std"])
-        return CifarLoader(images, labels, *constants, EVAL_BATCH_SIZE, device=self.device)
-
-    def classify(self, images: Tensor) -> list[dict[str, float]]:
-        """The probability of each class, highest first, for images (N, 3, 32, 32) uint8."""
-        loader = self.loader(images, torch.zeros(len(images), dtype=torch.int64))  # labels unused
-        output, _ = predict(self.model, loader, self.device, self.precision)
-        rows = [zip(self.classes, row) for row in output.exp().tolist()]
-        return [dict(sorted(row, key=lambda item: -item[1])) for row in rows]
-
-
-def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
-    """Classify pictures and print the result; returns 1 if one could not be read, else 0."""
-    classifier = Classifier(config.checkpoint, config.device, passed.get("precision", ""))
-    paths = [Path(path) for path in config.image or []]
-    if config.image_dir:
-        paths += list_pictures(user_path(config.image_dir))
-    pictures, failures = read_pictures(paths)
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    if not pictures:
-        return 1
-    results = dict(zip(pictures, classifier.classify(torch.stack([*pictures.values()]))))
-    shown = None if config.show_all_probs else 3
-    rows = {str(path): dict([*row.items()][:shown]) for path, row in results.items()}
-    if config.json:
-        print(json.dumps([{"file": f, "classes": row} for f, row in rows.items()], indent=1))
-        return 1 if failures else 0
-    width, name_width = max(map(len, rows)), max(map(len, classifier.classes))
-    for file, row in rows.items():
-        cells = [f"{name:<{name_width}} {p:6.1%}" for name, p in row.items()]
-        print("  ".join([f"{file:<{width}}", *cells]))
-    labeled = [path for path in results if path.parent.name in classifier.classes]
-    right = [path for path in labeled if path.parent.name == next(iter(results[path]))]
-    if labeled:
-        print(f"{len(right)} of {len(labeled)} have the class that their folder is named after")
-    return 1 if failures else 0
-
-
-def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
-    """Test a trained network again, as its run did unless flags differ; redraw its plots."""
-    path = user_path(config.checkpoint)
-    classifier = Classifier(path, config.device, passed.get("precision", ""))
-    trained, precision = classifier.trained["config"], classifier.precision
-    trained.dataset = passed.get("dataset", trained.dataset)
-    own = "data_dir" not in passed and user_path(trained.data_dir).is_dir()
-    data = read_dataset(trained.dataset, trained.data_dir if own else config.data_dir)
-    if data.classes != classifier.classes:
-        raise UserError(f"{path} was trained on other classes than {trained.dataset} has", 2)
-    folder = user_path(config.output_dir or path.parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    tune_glibc_malloc()
-    model = classifier.model
-    compile_lrn(model, config.compile, classifier.device, precision)
-    loader = classifier.loader(data.test_images, data.test_labels)
-    what = f"{path} (epoch {classifier.trained['epoch']}) on {trained.dataset}"
-    metrics, evaluation = compute_test_metrics(model, loader, precision)
-    print_test(what, metrics)
-    title = f"{run_title(trained)}: test accuracy {evaluation.top1:.2f} %"
-    save_plot(folder / "predictions.png", title, plot_predictions, loader, evaluation)
-    save_plot(folder / "confusion.png", title, plot_confusion_matrix, loader, evaluation)
-    save_plot(folder / "filters.png", title, plot_filters, model)
-    print(f"wrote {', '.join(PLOTS[1:])} in {folder}")
-
-
-def print_layers(config: Config) -> None:
-    """Print the layers of a network with their output shapes and parameters."""
-    classes = {"cifar10": 10, "cifar10-mini": 10, "cifar100": 100}.get(config.dataset)
-    classes = classes or len(read_dataset(config.dataset).classes)
-    model = build_model(config, classes).eval()
-    line = "{:<14} {:<28} {:>12} {:>12}".format
-
-    def print_layer(name: str, layer: nn.Module, _: Any, output: Tensor) -> None:
-        parameters = sum(p.numel() for p in layer.parameters())
-        shape = "x".join(map(str, output.shape[1:]))
-        print(line(name, type(layer).__name__, shape, f"{parameters:,}"))
-
-    print(line("layer", "type", "output", "parameters"))
-    for name, layer in model.named_modules():
-        if not [*layer.children()] and not isinstance(layer, nn.ReLU | nn.Dropout | nn.Dropout2d):
-            layer.register_forward_hook(functools.partial(print_layer, name))
-    with torch.no_grad():
-        model(torch.zeros(1, 3, 32, 32))
-    print(line("all", "", "", f"{sum(p.numel() for p in model.parameters()):,}"))
 
 
 # ---- Other networks, with the input and output of KrizhevskyNet ----------------------------------
