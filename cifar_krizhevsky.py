@@ -1411,7 +1411,10 @@ class AlexNet(nn.Module):
 
     relu_of = {"features.2": "features.1", "features.6": "features.5"}
 
-    def __init__(self, num_classes=10, norm_layer=LocalResponseNormalization, dropout=0.5) -> None:
+    def __init__(
+        self, num_classes: int = 10,
+        norm_layer: Callable[[], nn.Module] = LocalResponseNormalization, dropout: float = 0.5,
+    ) -> None:  # fmt: skip
         super().__init__()
         relu = functools.partial(nn.ReLU, inplace=True)
         self.features = nn.Sequential(
@@ -1443,8 +1446,8 @@ class CompactNet(nn.Module):
         conv = functools.partial(nn.Conv2d, kernel_size=3, padding="same", bias=False)
 
         def block(*layers: nn.Module) -> nn.Sequential:
-            tail = (nn.BatchNorm2d(layers[-1].out_channels), nn.ReLU(inplace=True))
-            return nn.Sequential(*layers, *tail, nn.Dropout2d(dropout))
+            norm = nn.BatchNorm2d(layers[-1].out_channels)
+            return nn.Sequential(*layers, norm, nn.ReLU(inplace=True), nn.Dropout2d(dropout))
 
         self.stem = block(conv(3, 32))
         self.dilated1 = block(conv(32, 32, dilation=2))
@@ -1467,8 +1470,12 @@ class CompactNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-MODELS = {"krizhevsky": KrizhevskyNet, "five-conv": FiveConvNet}
-MODELS |= {"alexnet": AlexNet, "compact": CompactNet}
+MODELS = {  # the choices of --model
+    "krizhevsky": KrizhevskyNet,
+    "five-conv": FiveConvNet,
+    "alexnet": AlexNet,
+    "compact": CompactNet,
+}
 
 # ---- LRN, fast -----------------------------------------------------------------------------------
 #
@@ -1665,6 +1672,43 @@ MIRRORS = (  # tried in turn; the university's own server is the slower one
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte, after which the next mirror is tried
 
 
+@contextlib.contextmanager
+def socket_timeout(seconds: float) -> Iterator[None]:
+    """Let every connection fail that brings nothing for so long."""
+    import socket
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def download(reader: Any, data_dir: Path) -> Any:
+    """Have torchvision download and extract a data set, from the first mirror that works."""
+    from filelock import FileLock
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    name = reader.filename
+    md5 = reader.tgz_md5
+    failures = []
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(data_dir / ".lock"), socket_timeout(DOWNLOAD_TIMEOUT):
+        with contextlib.suppress(RuntimeError):  # two first runs at once: the second one waits,
+            return reader(str(data_dir))  # and finds the files
+        for mirror in MIRRORS:
+            url = mirror.format(name)
+            print(f"{name} to {data_dir}, from {url}", flush=True)
+            try:
+                download_and_extract_archive(url, str(data_dir), filename=name, md5=md5)
+                return reader(str(data_dir))
+            except Exception as error:  # of urllib, http, tarfile, or a wrong MD5 sum
+                failures.append(f"{url}: {reason(error)}")
+    by_hand = f"Put this file (MD5 {md5}) into {data_dir} by hand, or try --dataset cifar10-mini"
+    raise UserError(f"could not download {name} ({'; '.join(failures)}). {by_hand}")
+
+
 def read_cifar(name: str, data_dir: Path) -> Dataset:
     """The official files, downloaded if one is missing or its MD5 sum is wrong."""
     try:
@@ -1674,80 +1718,103 @@ def read_cifar(name: str, data_dir: Path) -> Dataset:
         raise UserError(f"{why}: python -m pip install -r requirements.txt") from None
     reader = getattr(datasets, name.upper())
     try:
-        train = reader(str(data_dir))
+        train_set = reader(str(data_dir))
     except RuntimeError:
-        train = download(reader, data_dir)
-    test = reader(str(data_dir), train=False)
-    images, test_images = (torch.from_numpy(d.data).permute(0, 3, 1, 2) for d in (train, test))
-    labels, test_labels = (torch.tensor(d.targets) for d in (train, test))
-    return Dataset(images, labels, test_images, test_labels, train.classes, *CIFAR[name])
+        train_set = download(reader, data_dir)
+    test_set = reader(str(data_dir), train=False)
+    mean, std = CIFAR[name]
+    return Dataset(
+        images=torch.from_numpy(train_set.data).permute(0, 3, 1, 2),  # from (N, 32, 32, 3)
+        labels=torch.tensor(train_set.targets),
+        test_images=torch.from_numpy(test_set.data).permute(0, 3, 1, 2),
+        test_labels=torch.tensor(test_set.targets),
+        classes=train_set.classes,
+        mean=mean,
+        std=std,
+    )
 
 
-def download(reader: Any, data_dir: Path) -> Any:
-    """Have torchvision download and extract a data set, from the first mirror that works."""
-    import socket
+def read_sheets(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """Images, labels and classes of a folder of contact sheets: one a class, of 32x32 tiles."""
+    from PIL import Image
 
-    from filelock import FileLock
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    data_dir.mkdir(parents=True, exist_ok=True)
-    name, md5, failures, timeout = reader.filename, reader.tgz_md5, [], socket.getdefaulttimeout()
-    with FileLock(data_dir / ".lock"):  # two first runs at once: the second one waits
-        with contextlib.suppress(RuntimeError):  # and finds the files
-            return reader(str(data_dir))
-        for url in [mirror.format(name) for mirror in MIRRORS]:
-            print(f"{name} to {data_dir}, from {url}", flush=True)
-            socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-            try:
-                download_and_extract_archive(url, str(data_dir), filename=name, md5=md5)
-                return reader(str(data_dir))
-            except Exception as error:  # of urllib, http, tarfile, or a wrong MD5 sum
-                failures.append(f"{url}: {reason(error)}")
-            finally:
-                socket.setdefaulttimeout(timeout)
-    by_hand = f"Put this file (MD5 {md5}) into {data_dir} by hand, or try --dataset cifar10-mini"
-    raise UserError(f"could not download {name} ({'; '.join(failures)}). {by_hand}")
+    paths = sorted(folder.glob("*.png"))
+    if not paths:
+        raise UserError(f"there is no {folder}: it comes with a clone of the repository")
+    sheets = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    tiles = torch.from_numpy(sheets).unfold(1, 32, 32).unfold(2, 32, 32)
+    images = tiles.reshape(-1, 3, 32, 32)  # from (class, row, column, 3, 32, 32)
+    labels = torch.arange(len(paths)).repeat_interleave(len(images) // len(paths))
+    classes = [path.stem for path in paths]
+    return images, labels, classes
 
 
 def read_mini(data_dir: Path) -> Dataset:
-    """The tenth of CIFAR-10 in the clone: contact sheets, one for each class, of 32x32 tiles."""
-    from PIL import Image
-
-    script = globals().get("__file__")  # not there in a notebook's cell
-    folder = (Path(script).resolve().parent / "data" if script else data_dir) / "mini"
-    content = []
-    for part in ("train", "test"):
-        paths = sorted((folder / part).glob("*.png"))
-        if not paths:
-            raise UserError(f"there is no {folder / part}: it comes with a clone of the repository")
-        sheets = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
-        tiles = torch.from_numpy(sheets).unfold(1, 32, 32).unfold(2, 32, 32)
-        images = tiles.reshape(-1, 3, 32, 32)  # from (class, row, column, 3, 32, 32)
-        labels = torch.arange(len(paths)).repeat_interleave(len(images) // len(paths))
-        content += [images, labels]
-    return Dataset(*content, [path.stem for path in paths], *CIFAR["cifar10"])
+    """The tenth of CIFAR-10 in the clone; in a notebook's cell, which has no clone, in data_dir."""
+    if script := globals().get("__file__"):
+        data_dir = Path(script).resolve().parent / "data"
+    images, labels, classes = read_sheets(data_dir / "mini" / "train")
+    test_images, test_labels, _ = read_sheets(data_dir / "mini" / "test")
+    mean, std = CIFAR["cifar10"]
+    return Dataset(images, labels, test_images, test_labels, classes, mean, std)
 
 
 def list_pictures(folder: Path) -> list[Path]:
     """The pictures in a folder and below, by the suffixes that Pillow opens; notes other files."""
     from PIL import Image
 
-    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    parts = [(path, *path.rglob("*")) for path in folder.iterdir()]  # a class may be a link
-    files = sorted(path for part in parts for path in part if path.is_file())
+    files = []
     hidden = re.compile(r"(^|/)(\.|__MACOSX/)")  # no data: .ipynb_checkpoints, ._x.png
-    files = [path for path in files if not hidden.search(path.relative_to(folder).as_posix())]
-    found = [path for path in files if path.suffix.lower() in suffixes]
-    if len(found) < len(files):
-        print(f"note: {len(files) - len(found)} files in {folder} are no pictures", file=sys.stderr)
-    if not found:
+    for entry in folder.iterdir():  # rglob follows no link, and a class may be one
+        for path in (entry, *entry.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and not hidden.search(name):
+                files.append(path)
+    suffixes = Image.registered_extensions()
+    pictures = []
+    for path in sorted(files):
+        if suffixes.get(path.suffix.lower()) in Image.OPEN:
+            pictures.append(path)
+    others = len(files) - len(pictures)
+    if others:
+        print(f"note: {others} files in {folder} are no pictures", file=sys.stderr)
+    if not pictures:
         raise UserError(f"no pictures in {folder}")
-    return found
+    return pictures
+
+
+def to_8_bits(picture: Any) -> Any:
+    """A gray picture of more than 8 bits or floating-point values, scaled by the range it fits."""
+    from PIL import Image
+
+    gray = np.nan_to_num(np.asarray(picture, np.float32)).clip(0)
+    largest = gray.max()
+    white = next((value for value in (1, 255, 4095, 65535) if largest <= value), largest)
+    return Image.fromarray((gray * (255 / white)).round().astype(np.uint8))
+
+
+def read_picture(path: str | Path) -> Tensor:
+    """A picture of any size, mode and format as (3, 32, 32) uint8: scaled, its center cropped."""
+    from PIL import Image, ImageOps
+
+    with Image.open(user_path(path)) as picture:
+        picture.draft(None, (128, 128))  # decodes a large JPEG at a fraction of its size
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith(("I", "F")):
+            picture = to_8_bits(picture)
+        if "A" in picture.mode.upper() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture)
+        picture = picture.convert("RGB")
+        picture = ImageOps.fit(picture, (32, 32), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def read_pictures(paths: list[Path]) -> tuple[dict[Path, Tensor], list[str]]:
     """Pictures as `read_picture` gives them, and a line about each that cannot be read."""
-    pictures, failures = {}, []
+    pictures = {}
+    failures = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for path in paths:
@@ -1758,48 +1825,43 @@ def read_pictures(paths: list[Path]) -> tuple[dict[Path, Tensor], list[str]]:
     return pictures, failures
 
 
-def read_picture(path: str | Path) -> Tensor:
-    """A picture of any size, mode and format as (3, 32, 32) uint8: scaled, its center cropped."""
-    from PIL import Image, ImageOps
-
-    with Image.open(user_path(path)) as picture:
-        picture.draft(None, (128, 128))  # decodes a large JPEG at a fraction of its size
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith(("I", "F")):  # gray of more than 8 bits, or floating-point
-            gray = np.nan_to_num(np.asarray(picture, np.float32)).clip(0)
-            top = next((t for t in (1, 255, 4095, 65535) if gray.max() <= t), gray.max())
-            picture = Image.fromarray((gray * (255 / top)).round().astype(np.uint8))
-        if "A" in picture.mode.upper() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = ImageOps.fit(picture.convert("RGB"), (32, 32), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def read_class_folders(folder: Path) -> tuple[list[Tensor], list[str], list[str]]:
+    """The pictures in folder/CLASS, the class of each, and a line about each that is broken."""
+    found = list_pictures(folder)
+    paths = [path for path in found if path.parent != folder]
+    strays = len(found) - len(paths)
+    if strays:
+        print(f"note: {strays} pictures in {folder} are in no folder of a class")
+    if not paths:
+        raise UserError(f"--dataset: {folder} should hold a folder of pictures for each class", 2)
+    names = [path.relative_to(folder).parts[0] for path in paths]
+    pictures, failures = read_pictures(paths)
+    return [*pictures.values()], names, failures
 
 
 def read_image_folders(folder: Path) -> Dataset:
     """The pictures in folder/train/CLASS and folder/test/CLASS."""
-    images, names, broken = [], [], []
-    for part in (folder / "train", folder / "test"):
-        found = list_pictures(part)
-        paths = [path for path in found if path.parent != part]
-        if len(paths) < len(found):
-            print(f"note: {len(found) - len(paths)} pictures in {part} are in no folder of a class")
-        if not paths:
-            raise UserError(f"--dataset: {part} should hold a folder of pictures for each class", 2)
-        names.append([path.relative_to(part).parts[0] for path in paths])
-        pictures, failures = read_pictures(paths)
-        images.append([*pictures.values()])
-        broken += failures
+    pictures, names, broken = read_class_folders(folder / "train")
+    test_pictures, test_names, test_broken = read_class_folders(folder / "test")
+    broken += test_broken
     if broken:
         first = "; ".join(broken[:5])
         raise UserError(f"{len(broken)} broken pictures in {folder}, to repair or remove: {first}")
-    classes = sorted(set(names[0]))
-    if different := sorted(set(names[0]) ^ set(names[1])):
+    classes = sorted(set(names))
+    if different := sorted(set(names) ^ set(test_names)):
         shown = ", ".join(different[:5])
         raise UserError(f"--dataset {folder}: train and test have different classes ({shown})", 2)
-    train, test = (torch.stack(pictures) for pictures in images)
-    labels, test_labels = (torch.tensor([classes.index(n) for n in part]) for part in names)
-    return Dataset(train, labels, test, test_labels, classes, *channel_statistics(train))
+    images = torch.stack(pictures)
+    mean, std = channel_statistics(images)
+    return Dataset(
+        images=images,
+        labels=torch.tensor([classes.index(name) for name in names]),
+        test_images=torch.stack(test_pictures),
+        test_labels=torch.tensor([classes.index(name) for name in test_names]),
+        classes=classes,
+        mean=mean,
+        std=std,
+    )
 
 
 # ---- Device, precision, torchrun, helpers --------------------------------------------------------
