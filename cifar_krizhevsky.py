@@ -1864,45 +1864,32 @@ def read_image_folders(folder: Path) -> Dataset:
     )
 
 
-# ---- Device, precision, torchrun, helpers --------------------------------------------------------
-
-
-def stop(*_: Any) -> None:
-    """Handle Ctrl-C and SIGTERM. torch.compile's guards may swallow the exception, not the flag."""
-    stop.requested = True
-    raise KeyboardInterrupt
-
-
-stop.requested = False
+# ---- Device, precision, torchrun -----------------------------------------------------------------
 
 
 def reason(error: BaseException) -> str:
     """The line of an error that says why, and not one that only announces it."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.endswith(":")] or [type(error).__name__]
-    return next((line for line in lines if "error: " in line), lines[0])  # a compiler's, if any
-
-
-def join_torchrun(config: Config) -> None:
-    """Join the processes that torchrun has started, to train one network together."""
-    if config.seeds or config.checkpoint or config.summary:
-        raise UserError("torchrun trains one network: run this without it", 2)
-    size, device = int(os.environ["WORLD_SIZE"]), choose_device(config.device)
-    if config.batch_size % size:
-        raise UserError(f"--batch-size {config.batch_size}: not divisible by {size} processes", 2)
-    nccl = device.type == "cuda" and distributed.is_nccl_available()
-    distributed.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(hours=12))
-    if device.type == "cpu" and config.model == "compact":
-        print("note: on CPUs each process normalizes its share of a batch by itself")
+    first = ""
+    for line in str(error).splitlines():
+        line = line.strip()
+        if not line or line.endswith(":"):
+            continue
+        if "error: " in line:  # a compiler's, after its warnings
+            return line
+        first = first or line
+    return first or type(error).__name__
 
 
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto": CUDA, else MPS, else the CPU. A GPU becomes the current."""
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        if not has_cuda and shutil.which("nvidia-smi"):
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        if name != "cuda" and shutil.which("nvidia-smi"):
             print("note: this PyTorch cannot use the NVIDIA GPU; see pytorch.org", file=sys.stderr)
-        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun, a GPU each
     try:
@@ -1918,40 +1905,71 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(name: str, device: torch.device) -> str:
-    """ "fp32" or "bf16"; for "auto" bf16 where the hardware computes in it, on CUDA and on CPUs."""
-    native = False
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bf16: CUDA from Ampere on, CPUs with AVX-512 BF16 or AMX."""
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, check, bool)() for check in checks)
-    return name if name != "auto" else "bf16" if native else "fp32"
+        return any(getattr(torch.cpu, check, bool)() for check in checks)
+    return False
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """ "fp32" or "bf16"; for "auto" bf16 where the hardware computes in it."""
+    if name != "auto":
+        return name
+    return "bf16" if has_bf16(device) else "fp32"
+
+
+def join_torchrun(config: Config) -> None:
+    """Join the processes that torchrun has started, to train one network together."""
+    if config.seeds or config.checkpoint or config.summary:
+        raise UserError("torchrun trains one network: run this without it", 2)
+    size = int(os.environ["WORLD_SIZE"])
+    device = choose_device(config.device)
+    if config.batch_size % size:
+        raise UserError(f"--batch-size {config.batch_size}: not divisible by {size} processes", 2)
+    has_nccl = device.type == "cuda" and distributed.is_nccl_available()
+    backend = "nccl" if has_nccl else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(hours=12))
+    if device.type == "cpu" and config.model == "compact":
+        print("note: on CPUs each process normalizes its share of a batch by itself")
 
 
 def describe_hardware(device: torch.device, precision: str, compiled: bool) -> dict[str, Any]:
     """What the exact bits of a run depend on besides its hyperparameters."""
     processor = platform.processor() or platform.machine()
+    cpu_info = Path("/proc/cpuinfo")
+    text = cpu_info.read_text() if cpu_info.exists() else ""
+    cpu_name = re.search(r"model name\s*:\s*(.+)", text)
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
-    elif (cpu_info := Path("/proc/cpuinfo")).exists():
-        names = re.findall(r"model name\s*:\s*(.+)", cpu_info.read_text())
-        processor = (*names, processor)[0]
+    elif cpu_name:
+        processor = cpu_name[1]
     return {
-        "processor": processor, "device_used": device.type, "threads": torch.get_num_threads(),
-        "processes": world()[1], "precision_used": precision, "compiled": compiled,
+        "processor": processor,
+        "device_used": device.type,
+        "threads": torch.get_num_threads(),
+        "processes": world()[1],
+        "precision_used": precision,
+        "compiled": compiled,
         "torch_version": str(torch.__version__),  # weights_only does not load its subclass
-    }  # fmt: skip
+    }
 
 
 def tune_glibc_malloc() -> None:
-    """Let glibc keep freed large blocks: to hand them back and get them zeroed is slow on a CPU."""
+    """Let glibc keep freed large blocks: to hand them back and get them zeroed is slow on a CPU.
+
+    It is a setting of the whole process.
+    """
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError, TypeError):  # elsewhere than on glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # of the whole process
-            mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-8, 1)  # M_ARENA_MAX
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -2107,6 +2125,15 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, An
     return config, passed
 
 
+def stop(*_: Any) -> None:
+    """Handle Ctrl-C and SIGTERM. torch.compile's guards may swallow the exception, not the flag."""
+    stop.requested = True
+    raise KeyboardInterrupt
+
+
+stop.requested = False
+
+
 def set_up_process(rank: int) -> None:
     """The streams, the signals and the memory of a process that runs the command line."""
     if rank > 0 or sys.stdout is None:
@@ -2142,7 +2169,7 @@ def explain(error: BaseException, config: Config, passed: dict[str, Any]) -> tup
     if isinstance(error, KeyboardInterrupt):
         if config.checkpoint or config.summary:
             return 130, "\nstopped"
-        command = command_of(passed | {"resume": config.resume or ""})
+        command = command_of({**passed, "resume": config.resume or ""})
         return 130, f"\nstopped; finished epochs are kept. To continue:\n  {command}"
     if isinstance(error, UserError):
         return error.exit_code, f"error: {error}"
@@ -2163,7 +2190,8 @@ def explain(error: BaseException, config: Config, passed: dict[str, Any]) -> tup
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    config, passed = Config(), {}
+    config = Config()
+    passed = {}
     with_torchrun = distributed.is_available() and distributed.is_torchelastic_launched()
     rank = int(os.environ["RANK"]) if with_torchrun else 0
     try:
