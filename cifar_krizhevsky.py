@@ -90,10 +90,11 @@ class Config:
     dataset: str            = flag("cifar10", "cifar10, cifar100, cifar10-mini, or a folder of pictures")
     data_dir: str           = flag("data", "where the data sets are kept; the first run downloads them")
     val_size: int | None    = flag(None, "training images held out (default: a tenth); 0: none", ">= 0")
-    inputs: str             = flag("standardized", "0-255: minus the mean only", choices=["standardized", "0-255"])
+    augment: str            = flag("crop-flip", "how training images vary", choices=["crop-flip", "crop", "none"])
+    inputs: str             = flag("standardized", "0-255: minus the mean color only; or minus the mean image", choices=["standardized", "0-255", "mean-image"])
     # network
     model: str              = flag("krizhevsky", "which network")  # a name in MODELS
-    norm: str               = flag("lrn", "normalization of krizhevsky and alexnet", choices=["lrn", "none"])
+    norm: str               = flag("lrn", "none takes LRN out of a network that has it", choices=["lrn", "none"])
     lrn_size: int           = flag(5, "LRN: window width in channels", ">= 1")
     # with standardized inputs 1e-4 makes LRN a constant factor; 1.0, with lrn_k 1.0, makes it act
     lrn_alpha: float        = flag(1e-4, "LRN: alpha (divided by the window width)", ">= 0")
@@ -139,6 +140,7 @@ SHORT = {
     **BASE, "epochs": 24, "batch_size": 64, "lr": 0.03,
     "milestones": [0.4, 0.6, 0.75, 0.9], "gamma": 0.3,
 }
+OF_2012 = {"inputs": "mean-image", "lr": 0.001, "weight_decay": 0.004, "val_size": 0}
 RECIPES = {  # test error on CIFAR-10, one view
     "quick": {  # 23.2 %
         **BASE, "epochs": 4, "batch_size": 32, "lr": 0.02,
@@ -149,6 +151,21 @@ RECIPES = {  # test error on CIFAR-10, one view
     "best": {  # 9.8 %
         **BASE, "epochs": 200, "lr": 0.05,
         "milestones": [0.45, 0.75, 0.925], "dropout": 0.3, "label_smoothing": 0.1, "val_size": 0,
+    },
+    # Krizhevsky's own of 2012, named after the errors that he published
+    "80sec": {
+        **OF_2012, "model": "80sec", "augment": "none", "epochs": 10, "milestones": [0.8],
+    },
+    "18pct": {
+        **OF_2012, "model": "18pct", "augment": "none", "epochs": 140,
+        "milestones": [6 / 7, 13 / 14], "lrn_size": 3, "lrn_alpha": 5e-5, "lrn_k": 1.0,
+    },
+    "13pct": {
+        **OF_2012, "model": "13pct", "epochs": 140, "milestones": [6 / 7, 13 / 14],
+    },
+    "11pct": {  # ten views
+        **OF_2012, "model": "11pct", "epochs": 450,
+        "milestones": [43 / 45, 44 / 45], "lrn_size": 9, "lrn_alpha": 1e-3, "lrn_k": 1.0,
     },
 }
 # fmt: on
@@ -270,7 +287,7 @@ class KrizhevskyNet(nn.Module):
         return self.fc3(x)
 
 
-WITH_LRN = ("krizhevsky", "alexnet")
+WITH_LRN = ("krizhevsky", "18pct", "11pct", "alexnet")
 TinyImageNet = KrizhevskyNet  # its name in the architecture document; not the data set of that name
 
 
@@ -279,7 +296,8 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
     if config.model in WITH_LRN:
         constants = (config.lrn_size, config.lrn_alpha, config.lrn_beta, config.lrn_k)
-        lrn = functools.partial(LocalResponseNormalization, *constants)
+        layer = MapNormalization if config.model == "18pct" else LocalResponseNormalization
+        lrn = functools.partial(layer, *constants)
         options["norm_layer"] = lrn if config.norm == "lrn" else nn.Identity
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 0, 0))
@@ -288,12 +306,14 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
 
 # ---- Data ----------------------------------------------------------------------------------------
 
-PAD = 4  # black pixels on each side, from which 32x32 is cropped again: 81 positions
+PLACES = 9  # a crop begins at one of 9 x 9 places: see CifarLoader
 EVAL_BATCH_SIZE = 250
 
-View = tuple[int, int, bool]  # top and left edge of the crop in the padded image; flipped or not
-CENTER = (PAD, PAD, False)
-TEN_VIEWS = [(y, x, f) for f in (False, True) for y, x in [(4, 4), (0, 0), (0, 8), (8, 0), (8, 8)]]
+View = tuple[int, int, bool]  # top and left edge of the crop, each 0 to 8; flipped or not
+CENTER = (4, 4, False)
+FIVE_VIEWS = [CENTER, (0, 0, False), (0, 8, False), (8, 0, False), (8, 8, False)]
+TEN_VIEWS = FIVE_VIEWS + [(y, x, True) for y, x, _ in FIVE_VIEWS]
+VIEWS = {"crop-flip": TEN_VIEWS, "crop": FIVE_VIEWS, "none": [CENTER]}  # of a test, by --augment
 
 CIFAR = {  # mean and std of the training pixels, for values in 0..1
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -304,38 +324,47 @@ CIFAR = {  # mean and std of the training pixels, for values in 0..1
 class CifarLoader:
     """Batches of images that are kept on the device, where a whole batch is cropped at once.
 
-    The crops and flips are those of torchvision's Pad(4), RandomCrop(32), RandomHorizontalFlip: a
-    black border, any of 81 positions, flipped or not, drawn anew for every image and epoch. They
-    and the order derive from (seed, epoch) alone: an epoch can be repeated exactly, on any device.
+    A crop of 32x32 is one of 81 in the image with 4 black pixels on each side, a crop of 24x24 one
+    of 81 in the image itself. The crops and flips are those of torchvision's Pad(4),
+    RandomCrop(32), RandomHorizontalFlip, drawn anew for every image and epoch. They and the order
+    derive from (seed, epoch) alone: an epoch can be repeated exactly, on any device.
 
-    Made of images (N, 3, 32, 32) uint8, labels (N,) int64, and mean and std for pixels in 0..1.
-    Iterating yields images (B, 3, 32, 32) float32, normalized, and labels (B,) int64; without
-    `augment`, unchanged and in their order. torchrun's processes get equal shares of each batch.
+    Made of images (N, 3, 32, 32) uint8; labels (N,) int64; the mean and std of pixels in 0..1, of
+    three colors, the mean also as an image (3, size, size); and the side `crop_size` of a crop.
+    `shuffle` is for training: a new order in every epoch, and the variations of `augment`
+    ("crop-flip", "crop" or "none"). Iterating yields images (B, 3, size, size) float32, normalized,
+    and labels (B,) int64. torchrun's processes get equal shares of each shuffled batch.
+    Raises ValueError for another `augment`.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, classes: list[str], mean: Iterable[float],
-        std: Iterable[float], batch_size: int = 128, augment: bool = False, seed: int = 0,
-        device: torch.device | str = "cpu",
+        self, images: Tensor, labels: Tensor, classes: list[str], mean: Any, std: Iterable[float],
+        batch_size: int = 128, shuffle: bool = False, augment: str = "none", seed: int = 0,
+        device: torch.device | str = "cpu", crop_size: int = 32,
     ) -> None:  # fmt: skip
+        if augment not in VIEWS:
+            raise ValueError(f"augment must be one of {', '.join(VIEWS)}, not {augment}")
         self.labels = labels.to(device)
         self.classes = list(classes)
-        self.mean = list(mean)
+        self.mean = mean
         self.std = list(std)
         self.batch_size = batch_size
+        self.shuffle = shuffle
         self.augment = augment
         self.seed = seed
         self.epoch = 1
-        # (N, 3, 9, 9, 32, 32): every crop of every padded image, a view that takes no memory
+        # (N, 3, 9, 9, size, size): every crop of every image, a view that takes no memory
         layout = {"memory_format": memory_format(device)}
-        padded = F.pad(images.to(device, **layout), (PAD,) * 4)
-        self._crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)
-        self.images = self._crops[:, :, PAD, PAD]
+        side = images.size(-1)
+        pad = (crop_size + PLACES - 1 - side) // 2
+        padded = F.pad(images.to(device, **layout), (pad,) * 4)
+        self.images = padded[:, :, pad : pad + side, pad : pad + side]
+        self._crops = padded.unfold(2, crop_size, 1).unfold(3, crop_size, 1)
         # as large as an image: to broadcast them over a channels_last batch is six times slower
-        constants = torch.tensor([self.mean, self.std], dtype=torch.float32, device=device)
-        mean, std = constants.view(2, 1, 3, 1, 1).expand(2, 1, 3, 32, 32)
-        self._shift = (255 * mean).contiguous(**layout)
-        self._scale = (1 / (255 * std)).contiguous(**layout)
+        shift = 255 * as_image(mean, crop_size)
+        scale = 1 / (255 * as_image(std, crop_size))
+        self._shift = shift.to(device).contiguous(**layout)
+        self._scale = scale.to(device).contiguous(**layout)
 
     def __len__(self) -> int:
         return math.ceil(len(self.labels) / self.batch_size)
@@ -345,21 +374,28 @@ class CifarLoader:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if not self.augment:
+        if not self.shuffle:
             return self.view(*CENTER)
-        count, (rank, world_size) = len(self.labels), world()
+        count = len(self.labels)
+        rank, world_size = world()
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, 1))
         order = torch.randperm(count, generator=generator)
-        corners = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
-        flips = torch.rand(1, count, generator=generator) < 0.5
-        plan = torch.cat([order[None], corners, flips])
+        corners = torch.randint(0, PLACES, (2, count), generator=generator)
+        flips = torch.rand(count, generator=generator) < 0.5
+        if self.augment == "none":
+            corners[:] = torch.tensor(CENTER[:2])[:, None]
+        if self.augment != "crop-flip":
+            flips[:] = False
+        plan = torch.stack([order, *corners, flips])
         # torchrun: equal shares of each batch, the rest of the epoch is left out
-        return self._batches(plan[:, : count // world_size * world_size], rank, world_size)
+        plan = plan[:, : count // world_size * world_size]
+        return self._batches(plan, rank, world_size)
 
     def view(self, y: int, x: int, flipped: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in their order, each cropped at (y, x), 0 to 8, of its padded image."""
-        plan = torch.tensor([[0], [y], [x], [flipped]]).repeat(1, len(self.labels))
-        plan[0] = torch.arange(len(self.labels))
+        """All images in their order, each cropped at the place (y, x), 0 to 8."""
+        count = len(self.labels)
+        plan = torch.tensor([[0], [y], [x], [flipped]]).repeat(1, count)
+        plan[0] = torch.arange(count)
         return self._batches(plan)
 
     def _batches(self, plan: Tensor, rank: int = 0, world_size: int = 1) -> Iterator:
@@ -369,6 +405,14 @@ class CifarLoader:
             images = self._crops[index, :, y, x]
             images = torch.where(flipped.bool().view(-1, 1, 1, 1), images.flip(3), images)
             yield (images - self._shift).mul_(self._scale), self.labels[index]
+
+
+def as_image(values: Any, size: int) -> Tensor:
+    """Values of three colors, or of each pixel and color, as (1, 3, size, size) float32."""
+    values = torch.as_tensor(values, dtype=torch.float32)
+    if values.dim() == 1:
+        values = values.view(3, 1, 1).expand(3, size, size)
+    return values[None]
 
 
 class Dataset(NamedTuple):
@@ -398,23 +442,38 @@ def read_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
 def get_cifar_data_loaders(
     batch_size: int = 128, dataset_name: str = "cifar10", data_dir: str | Path = "data",
     val_size: int | None = None, seed: int = 0, device: torch.device | str = "cpu",
-    inputs: str = "standardized",
+    inputs: str = "standardized", augment: str = "crop-flip", crop_size: int = 32,
 ) -> tuple[CifarLoader, CifarLoader | None, CifarLoader]:  # fmt: skip
     """Load a data set (see `read_dataset`) and return its training, validation and test loader.
 
     `val_size` training images are held out, by default a tenth; with 0 the validation loader is
-    None. `seed` is that of order and augmentation, not of the split. `inputs` is as in `Config`.
+    None. `seed` is that of order and augmentation, not of the split. `inputs` and `augment` are as
+    in `Config`; `crop_size` is what the network takes (`input_size`).
     Raises UserError if there is no such data, or val_size takes a class its last training image.
     """
     data = read_dataset(dataset_name, data_dir)
-    std = data.std if inputs == "standardized" else (1 / 255,) * 3  # 0-255: not divided by it
+    mean = list(data.mean)
+    std = list(data.std)
+    if inputs != "standardized":
+        std = [1 / 255] * 3  # so that pixels keep their range, 0 to 255
+    if inputs == "mean-image":
+        border = (data.images.size(-1) - crop_size) // 2
+        inside = slice(border, border + crop_size)  # its center, wherever the crop is
+        mean = data.images.double().mean(0)[:, inside, inside].float() / 255
     make_loader = functools.partial(
-        CifarLoader, classes=data.classes, mean=data.mean, std=std, seed=seed, device=device
-    )
+        CifarLoader, classes=data.classes, mean=mean, std=std, seed=seed, device=device,
+        crop_size=crop_size,
+    )  # fmt: skip
     held_out = validation_split(data.labels, val_size)
-    train, val = ((data.images[mask], data.labels[mask]) for mask in (~held_out, held_out))
-    train_loader = make_loader(*train, batch_size=batch_size, augment=True)
-    val_loader = make_loader(*val, batch_size=EVAL_BATCH_SIZE) if held_out.any() else None
+    kept = ~held_out
+    train_loader = make_loader(
+        data.images[kept], data.labels[kept], batch_size=batch_size, shuffle=True, augment=augment
+    )
+    val_loader = None
+    if held_out.any():
+        val_loader = make_loader(
+            data.images[held_out], data.labels[held_out], batch_size=EVAL_BATCH_SIZE
+        )
     test_loader = make_loader(data.test_images, data.test_labels, batch_size=EVAL_BATCH_SIZE)
     return train_loader, val_loader, test_loader
 
@@ -505,16 +564,15 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
         torch.use_deterministic_algorithms(True)
     train_loader, val_loader, _ = loaders = get_cifar_data_loaders(
         config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device,
-        config.inputs,
+        config.inputs, config.augment, input_size(MODELS[config.model]),
     )  # fmt: skip
     tune_glibc_malloc()
     model = build_model(config, len(train_loader.classes))
     model = model.to(device, memory_format=memory_format(device))
     model, train_model, hardware = accelerate(model, config, device, precision, train_loader)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    optimizer = optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
-    )
+    groups = parameter_groups(model, config.lr, config.weight_decay)
+    optimizer = optim.SGD(groups, momentum=config.momentum)
     milestones = resolve_milestones(config.milestones, config.epochs)
     # in optim.lr_scheduler; optim.MultiStepLR, as the architecture document has it, does not exist
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
@@ -522,7 +580,8 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
         restore(run, folder / "last.pt", model, optimizer, scheduler)
     if run.setdefault("data", digest := data_digest(*loaders)) != digest:
         raise UserError(f"{config.dataset} holds other images or labels than when the run started")
-    optimizer.param_groups[0]["fused"] = device.type == "cuda" or None  # one kernel for all weights
+    for group in optimizer.param_groups:
+        group["fused"] = device.type == "cuda" or None  # one kernel for all weights
 
     # All is checked: the folder is made, and what was chosen is stored, for a resumed run to keep
     folder = make_folder(folder, config)
@@ -584,6 +643,22 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
 
     facts = hardware | {"command": command or command_of(passed or {})}
     return report(config, run, facts | {"setup_seconds": setup_seconds}, loaders, model)
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """What SGD takes: one group, or those of a network that names the `decay_factors` of its layers.
+
+    Those are cuda-convnet's: a layer's factor times the weight decay for its weight; for its bias
+    twice the learning rate and no decay.
+    """
+    if not hasattr(model, "decay_factors"):
+        return [{"params": [*model.parameters()], "lr": lr, "weight_decay": weight_decay}]
+    groups = []
+    for name, factor in model.decay_factors.items():
+        layer = model.get_submodule(name)
+        groups.append({"params": [layer.weight], "lr": lr, "weight_decay": factor * weight_decay})
+        groups.append({"params": [layer.bias], "lr": 2 * lr, "weight_decay": 0.0})
+    return groups
 
 
 def resolve_milestones(milestones: Iterable[float] | None, epochs: int) -> list[int]:
@@ -730,17 +805,20 @@ def confusion_matrix(result: Evaluation) -> Tensor:
 
 
 def compute_test_metrics(
-    model: nn.Module, loader: CifarLoader, precision: str
+    model: nn.Module, loader: CifarLoader, precision: str, views: list[View]
 ) -> tuple[dict[str, Any], Evaluation]:
     """The test entries of summary.json, errors in percent; and the evaluation of the one view."""
     single = evaluate_model(model, loader, precision=precision)
-    multi = evaluate_model(model, loader, precision=precision, views=TEN_VIEWS)
+    multi = single
+    if len(views) > 1:
+        multi = evaluate_model(model, loader, precision=precision, views=views)
     count, classes, matrix = len(single.labels), loader.classes, confusion_matrix(single).tolist()
     accuracies = {name: matrix[i][i] for i, name in enumerate(classes)}
     pairs = itertools.permutations(range(len(classes)), 2)
     pairs = sorted(pairs, key=lambda pair: -matrix[pair[0]][pair[1]])[:10]
     metrics = {
         "test_images": count,
+        "test_views": len(views),
         "test_error": 100 - single.top1,
         "test_error_interval": wilson_interval(100 - single.top1, count),
         "test_error_multi_view": 100 - multi.top1,
@@ -757,7 +835,7 @@ def compute_test_metrics(
 
 TEST_LINES = {  # what is printed of a test, and its key in summary.json
     "error, one view": "test_error",
-    "error, ten views": "test_error_multi_view",
+    "error, {test_views} views": "test_error_multi_view",
     "error of the last epoch": "last_test_error",
     "not in the top 3": "test_top3_error",
     "not in the top 5": "test_top5_error",
@@ -768,7 +846,9 @@ def print_test(title: str, metrics: dict[str, Any]) -> None:
     """Print the errors, the loss, the weakest classes and what is taken for what."""
     print(f"\ntest of {title}, {metrics['test_images']:,} images")
     for text, key in TEST_LINES.items():
-        if key in metrics:
+        one_view_again = key == "test_error_multi_view" and metrics["test_views"] == 1
+        if key in metrics and not one_view_again:
+            text = text.format(**metrics)
             interval = metrics.get(f"{key}_interval")
             interval = "  (95 % interval {:.2f} to {:.2f})".format(*interval) if interval else ""
             print(f"  {text:<23} {metrics[key]:6.2f} %{interval}")
@@ -817,7 +897,9 @@ def report(
         last_error = 100 - evaluate_model(model, loader, precision=config.precision).top1
         model.load_state_dict(run["best_model"])
         what = f"the {'best' if val_loader else 'last'} epoch ({best_epoch}), {config.dataset}"
-        metrics, evaluation = compute_test_metrics(model, loader, config.precision)
+        metrics, evaluation = compute_test_metrics(
+            model, loader, config.precision, VIEWS[config.augment]
+        )
         summary |= metrics | {"last_test_error": last_error}
         which = f"test accuracy {evaluation.top1:.2f} %"
         print_test(what, summary)
@@ -1052,7 +1134,8 @@ def load_checkpoint(path: Path, flag: str) -> dict[str, Any]:
         if ("optimizer" in checkpoint) != (flag == "--resume"):
             raise UserError(f"{path}: --resume takes a last.pt, --checkpoint a best.pt")
         known = {option.name for option in fields(Config)}
-        config = Config(**{name: v for name, v in checkpoint["config"].items() if name in known})
+        saved = {"augment": "crop-flip", **checkpoint["config"]}  # an old best.pt has none
+        config = Config(**{name: v for name, v in saved.items() if name in known})
         # an old best.pt has None
         config.milestones = resolve_milestones(config.milestones, config.epochs)
         return checkpoint | {"config": config}
@@ -1109,6 +1192,7 @@ class Classifier:
             self.trained["std"],
             EVAL_BATCH_SIZE,
             device=self.device,
+            crop_size=input_size(self.model),
         )
 
     def classify(self, images: Tensor) -> list[dict[str, float]]:
@@ -1193,7 +1277,8 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     tune_glibc_malloc()
     compile_lrn(model, config.compile, classifier.device, classifier.precision)
     loader = classifier.loader(data.test_images, data.test_labels)
-    metrics, evaluation = compute_test_metrics(model, loader, classifier.precision)
+    views = VIEWS[trained.augment]
+    metrics, evaluation = compute_test_metrics(model, loader, classifier.precision, views)
     print_test(f"{path} (epoch {classifier.trained['epoch']}) on {trained.dataset}", metrics)
     title = f"{run_title(trained)}: test accuracy {evaluation.top1:.2f} %"
     save_plot(folder / "predictions.png", title, plot_predictions, loader, evaluation)
@@ -1222,7 +1307,8 @@ def print_layers(config: Config) -> None:
         if is_leaf and not isinstance(layer, nn.ReLU | nn.Dropout | nn.Dropout2d):
             layer.register_forward_hook(functools.partial(print_layer, name))
     with torch.no_grad():
-        model(torch.zeros(1, 3, 32, 32))
+        size = input_size(model)
+        model(torch.zeros(1, 3, size, size))
     parameters = sum(p.numel() for p in model.parameters())
     print(line("all", "", "", f"{parameters:,}"))
 
@@ -1386,6 +1472,199 @@ def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
                 writer.flush()
 
 
+# ---- Krizhevsky's networks of 2012 ---------------------------------------------------------------
+#
+# From the files layers-*.cfg and layer-params-*.cfg in example-layers/ of cuda-convnet. Named after the errors
+# that he published for CIFAR-10, which `--recipe` of the same name reproduces. A pooling window may hang
+# over the edge, where an average divides by the pixels that are there. ReLU comes after max pooling
+# where he has it before: the same values from a quarter of the work.
+
+
+class MapNormalization(nn.Module):
+    """x / (k + alpha/size^2 * sum of x^2 over the size x size pixels around, in the map) ** beta.
+
+    cuda-convnet's rnorm: LRN within each map, with zeros outside. Shape (N, C, H, W), kept; the
+    denominator is fp32 or better. The size is odd.
+    """
+
+    def __init__(self, size: int = 3, alpha: float = 5e-5, beta: float = 0.75, k: float = 1.0):
+        super().__init__()
+        self.size = size
+        self.alpha = alpha
+        self.beta = beta
+        self.k = k
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = F.avg_pool2d(wide.square(), self.size, stride=1, padding=self.size // 2)
+        return (wide * (self.k + self.alpha * mean) ** -self.beta).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
+
+
+def initialize(model: nn.Module, stds: dict[str, float]) -> None:
+    """Draw the weights of these layers from normal distributions of these stds; biases are zero."""
+    for name, std in stds.items():
+        layer = model.get_submodule(name)
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+
+
+class Net80sec(nn.Module):
+    """Three convolutions and two linear layers, without normalization.
+
+    Input (N, 3, 32, 32) float, pixels minus the mean image; output (N, num_classes) logits.
+    """
+
+    decay_factors = {"conv1": 1.0, "conv2": 1.0, "conv3": 1.0, "fc64": 7.5, "fc10": 7.5}
+
+    def __init__(self, num_classes: int = 10, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=5, padding=2)
+        self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
+        self.relu1 = nn.ReLU(inplace=True)
+
+        self.conv2 = nn.Conv2d(32, 32, kernel_size=5, padding=2)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.pool2 = nn.AvgPool2d(kernel_size=3, stride=2, ceil_mode=True)
+
+        self.conv3 = nn.Conv2d(32, 64, kernel_size=5, padding=2)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.pool3 = nn.AvgPool2d(kernel_size=3, stride=2, ceil_mode=True)
+
+        self.fc64 = nn.Linear(64 * 4 * 4, 64)
+        self.relu4 = nn.ReLU(inplace=True)
+        self.dropout = nn.Dropout(dropout)
+        self.fc10 = nn.Linear(64, num_classes)
+        initialize(self, {"conv1": 1e-4, "conv2": 0.01, "conv3": 0.01, "fc64": 0.1, "fc10": 0.1})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.pool1(self.conv1(x)))  # (N, 32, 16, 16)
+        x = self.pool2(self.relu2(self.conv2(x)))  # (N, 32, 8, 8)
+        x = self.pool3(self.relu3(self.conv3(x))).flatten(1)  # (N, 64 * 4 * 4)
+        x = self.relu4(self.fc64(x))
+        return self.fc10(self.dropout(x))
+
+
+class Net18pct(nn.Module):
+    """Three convolutions, the first two normalized within each map, and one linear layer.
+
+    Input (N, 3, 32, 32) float, pixels minus the mean image; output (N, num_classes) logits.
+    """
+
+    decay_factors = {"conv1": 1.0, "conv2": 1.0, "conv3": 1.0, "fc10": 250.0}  # of 0.004
+
+    def __init__(
+        self, num_classes: int = 10, norm_layer: Callable[[], nn.Module] = MapNormalization,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=5, padding=2)
+        self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.norm1 = norm_layer()
+
+        self.conv2 = nn.Conv2d(32, 32, kernel_size=5, padding=2)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.pool2 = nn.AvgPool2d(kernel_size=3, stride=2, ceil_mode=True)
+        self.norm2 = norm_layer()
+
+        self.conv3 = nn.Conv2d(32, 64, kernel_size=5, padding=2)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.pool3 = nn.AvgPool2d(kernel_size=3, stride=2, ceil_mode=True)
+
+        self.dropout = nn.Dropout(dropout)
+        self.fc10 = nn.Linear(64 * 4 * 4, num_classes)
+        initialize(self, {"conv1": 1e-4, "conv2": 0.01, "conv3": 0.01, "fc10": 0.01})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.relu1(self.pool1(self.conv1(x))))  # (N, 32, 16, 16)
+        x = self.norm2(self.pool2(self.relu2(self.conv2(x))))  # (N, 32, 8, 8)
+        x = self.pool3(self.relu3(self.conv3(x))).flatten(1)  # (N, 64 * 4 * 4)
+        return self.fc10(self.dropout(x))
+
+
+class LocallyConnected2d(nn.Module):
+    """A convolution 3x3 with padding 1 whose weights and biases differ at each place of the output.
+
+    Input (N, in, size, size), output (N, out, size, size). `weight` is (size^2, in * 9, out), with
+    the places row by row and in * 9 as `F.unfold` orders them; `bias` is (size^2, 1, out).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(size * size, in_channels * 9, out_channels))
+        self.bias = nn.Parameter(torch.empty(size * size, 1, out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.size
+        places_first = x.permute(2, 3, 0, 1)  # (size, size, N, in)
+        padded = F.pad(places_first, (0, 0, 0, 0, 1, 1, 1, 1))  # (size + 2, size + 2, N, in)
+        shifts = [padded[i : i + size, j : j + size] for i in range(3) for j in range(3)]
+        patches = torch.stack(shifts, 4).flatten(3).flatten(0, 1)  # (places, N, in * 9)
+        outputs = torch.baddbmm(self.bias, patches, self.weight)  # (places, N, out)
+        return outputs.unflatten(0, (size, size)).permute(2, 3, 0, 1)
+
+
+LRN_OF_11PCT = functools.partial(LocalResponseNormalization, 9, 1e-3, 0.75, 1.0)
+
+
+class Net11pct(nn.Module):
+    """Two convolutions with LRN, two locally connected layers and a linear one.
+
+    Input (N, 3, 24, 24) float, pixels minus the mean image; output (N, num_classes) logits.
+    """
+
+    input_size = 24
+    decay_factors = {"conv1": 0.0, "conv2": 0.0, "local3": 1.0, "local4": 1.0, "fc10": 2.5}
+    relu_of = {"norm1": "relu1", "norm2": "relu2"}
+
+    def __init__(
+        self, num_classes: int = 10,
+        norm_layer: Callable[[], nn.Module] = LRN_OF_11PCT,
+        dropout: float = 0.0, local3_maps: int = 64,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=5, padding=2)
+        self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.norm1 = norm_layer()
+
+        self.conv2 = nn.Conv2d(64, 64, kernel_size=5, padding=2)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.norm2 = norm_layer()
+        self.pool2 = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
+
+        self.local3 = LocallyConnected2d(64, local3_maps, size=6)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.local4 = LocallyConnected2d(local3_maps, 32, size=6)
+        self.relu4 = nn.ReLU(inplace=True)
+
+        self.dropout = nn.Dropout(dropout)
+        self.fc10 = nn.Linear(32 * 6 * 6, num_classes)
+        stds = {"conv1": 1e-4, "conv2": 0.01, "local3": 0.04, "local4": 0.04, "fc10": 0.01}
+        initialize(self, stds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.relu1(self.pool1(self.conv1(x))))  # (N, 64, 12, 12)
+        x = self.pool2(self.norm2(self.relu2(self.conv2(x))))  # (N, 64, 6, 6)
+        x = self.relu3(self.local3(x))  # (N, 64, 6, 6)
+        x = self.relu4(self.local4(x))  # (N, 32, 6, 6)
+        return self.fc10(self.dropout(x.flatten(1)))
+
+
+class Net13pct(Net11pct):
+    """Net11pct without normalization, and with half as many maps in the first local layer."""
+
+    decay_factors = {"conv1": 0.0, "conv2": 0.0, "local3": 1.0, "local4": 1.0, "fc10": 1.0}
+    relu_of = {}
+
+    def __init__(self, num_classes: int = 10, dropout: float = 0.0) -> None:
+        super().__init__(num_classes, nn.Identity, dropout, local3_maps=32)
+
+
 # ---- Other networks, with the input and output of KrizhevskyNet ----------------------------------
 
 
@@ -1472,10 +1751,20 @@ class CompactNet(nn.Module):
 
 MODELS = {  # the choices of --model
     "krizhevsky": KrizhevskyNet,
+    "80sec": Net80sec,
+    "18pct": Net18pct,
+    "13pct": Net13pct,
+    "11pct": Net11pct,
     "five-conv": FiveConvNet,
     "alexnet": AlexNet,
     "compact": CompactNet,
 }
+
+
+def input_size(network: nn.Module | type) -> int:
+    """The side of the images that a network, or its class, takes; Classifier and --image cut them."""
+    return getattr(network, "input_size", 32)
+
 
 # ---- LRN, fast -----------------------------------------------------------------------------------
 #
@@ -1580,7 +1869,8 @@ def compile_lrn(model: nn.Module, wanted: str, device: torch.device, precision: 
         return False
     import torch._dynamo  # fails here, in one line, where its cache cannot be made
 
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    size = input_size(model)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     images = images.to(device, memory_format=memory_format(device))
     try:
         without_bf16 = device.type == "cuda" and choose_precision("auto", device) == "fp32"

@@ -70,7 +70,9 @@ def test_the_162_crops_and_flips_are_torchvisions_and_come_evenly(ck):
     assert len(set(views)) == 162 and set(theirs) == set(views)
 
     many = image.expand(16_200, 3, 32, 32)
-    loader = ck.CifarLoader(many, torch.arange(16_200), CLASSES, *PLAIN, 500, augment=True)
+    loader = ck.CifarLoader(
+        many, torch.arange(16_200), CLASSES, *PLAIN, 500, shuffle=True, augment="crop-flip"
+    )
     number = {content: n for n, content in enumerate(views)}
     counts = Counter(number[view] for view in as_bytes(pixels(epoch_of(loader, 1)[0])))
     assert len(counts) == 162 and min(counts.values()) > 55 and max(counts.values()) < 150
@@ -79,7 +81,9 @@ def test_the_162_crops_and_flips_are_torchvisions_and_come_evenly(ck):
 def test_padding_is_black_before_normalization(ck):
     white = torch.full((300, 3, 32, 32), 255, dtype=torch.uint8)
     constants = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
-    loader = ck.CifarLoader(white, torch.zeros(300).long(), CLASSES, *constants, augment=True)
+    loader = ck.CifarLoader(
+        white, torch.zeros(300).long(), CLASSES, *constants, shuffle=True, augment="crop-flip"
+    )
     images, _ = epoch_of(loader, 1)
     mean, std = torch.tensor(constants).view(2, 3, 1, 1)
     black, light = (torch.isclose(images, (v - mean) / std, atol=1e-5) for v in (0, 1))
@@ -108,7 +112,16 @@ def test_an_epoch_repeats_by_seed_and_number_and_no_other_is_like_it(ck):
     images, labels = random_images(300), torch.arange(300)
 
     def epoch(seed: int, number: int, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-        loader = ck.CifarLoader(images, labels, CLASSES, *PLAIN, batch_size, True, seed)
+        loader = ck.CifarLoader(
+            images,
+            labels,
+            CLASSES,
+            *PLAIN,
+            batch_size,
+            shuffle=True,
+            augment="crop-flip",
+            seed=seed,
+        )
         return epoch_of(loader, number)
 
     first, state = epoch(0, 1), torch.get_rng_state()

@@ -270,7 +270,7 @@ def test_no_step_of_training_waits_for_the_device_or_uses_the_cpu(ck, images, na
     model = model.to("meta", memory_format=torch.channels_last)
     optimizer, steps = torch.optim.SGD(model.parameters(), 0.1, 0.9), []
     optimizer.register_step_post_hook(lambda *_: steps.append(1))
-    batches = iter(images(8, batch_size=3, augment=True, device="meta"))
+    batches = iter(images(8, batch_size=3, shuffle=True, augment="crop-flip", device="meta"))
     first = next(batches)  # by then the order of the epoch is on the device
     with NoHost(), pytest.raises(NotImplementedError, match="meta"):
         batches = itertools.chain([first], batches)

@@ -137,7 +137,9 @@ def test_the_network_learns_in_both_precisions_from_a_plain_dataloader(ck, preci
 def test_any_batch_size_trains_and_a_last_batch_of_one_image(ck, size, network):
     labels = torch.arange(size + 1) % 2
     images = torch.randint(0, 256, (len(labels), 3, 32, 32), dtype=torch.uint8)
-    loader = ck.CifarLoader(images, labels, ["a", "b"], (0.5,) * 3, (0.3,) * 3, size, augment=True)
+    loader = ck.CifarLoader(
+        images, labels, ["a", "b"], (0.5,) * 3, (0.3,) * 3, size, shuffle=True, augment="crop-flip"
+    )
     model = ck.build_model(ck.Config(model=network), 2)
     before = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
