@@ -53,7 +53,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -178,7 +178,8 @@ class LocalResponseNormalization(nn.Module):
     """x_c / (k + alpha/size * sum of x_j^2 over the `size` channels j around c) ** beta.
 
     Section 3.3 of the AlexNet paper, with alpha divided by the window size as in Krizhevsky's code
-    and in `nn.LocalResponseNorm`, which gives the same values and is several times slower.
+    and in `nn.LocalResponseNorm`, which gives the same values. This plain formula is what the layer
+    is, for exporters too; only the script's own run has its own model do it faster (`FastLRN`).
 
     Shape: (N, C, H, W) to (N, C, H, W), any floating type; the denominator is fp32 or better.
     Raises ValueError if size is below 1 or the input is not four-dimensional.
@@ -192,20 +193,16 @@ class LocalResponseNormalization(nn.Module):
         self.alpha = alpha
         self.beta = beta
         self.k = k
-        # set by fuse_lrn
-        self.compiled = False
-        self.relu = False  # whether it also does the work of the ReLU before it
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4:
-            raise ValueError(f"expected an input of shape (N, C, H, W), not {tuple(x.shape)}")
-        if x.is_cpu or self.compiled:  # the same formula, with its gradient written out
-            return _LRNFunction.apply(x, self)
+        _, channels, _, _ = x.shape  # (N, C, H, W)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 would round the sum to k
-        squares = wide.square().flatten(2).unsqueeze(1)  # (N, 1, C, H W)
-        squares = F.pad(squares, (0, 0, self.size // 2, (self.size - 1) // 2))
-        mean = F.avg_pool2d(squares, (self.size, 1), stride=1).view_as(x)
-        return (wide * (self.k + self.alpha * mean) ** -self.beta).to(x.dtype)
+        margins = (0, 0, 0, 0, self.size // 2, (self.size - 1) // 2)  # of W, H and C
+        squares = F.pad(wide.square(), margins)
+        total = squares[:, :channels]
+        for shift in range(1, self.size):
+            total = total + squares[:, shift : shift + channels]
+        return (wide * (self.k + self.alpha / self.size * total) ** -self.beta).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
@@ -218,7 +215,7 @@ class KrizhevskyNet(nn.Module):
     normalization layer (`nn.Identity` for none); `dropout` is that of the inputs of fc2 and fc3.
     """
 
-    relu_of = {"norm1": "relu1", "norm2": "relu2"}  # the ReLUs that compiled LRN takes over
+    relu_of: ClassVar = {"norm1": "relu1", "norm2": "relu2"}  # compiled LRN does their work
 
     def __init__(
         self, num_classes: int = 10,
@@ -1216,6 +1213,7 @@ class Classifier:
         self.classes = self.trained["classes"]
         trained = self.trained["config"].precision.replace("bf16", "auto")  # if this hardware can
         self.precision = choose_precision(precision or trained, self.device)
+        speed_up_lrn(self.model, "off", self.device, self.precision)
 
     def __call__(self, picture: str | Path) -> dict[str, float]:
         return self.classify(read_picture(picture)[None])[0]
@@ -1275,7 +1273,7 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tune_glibc_malloc()
     model = classifier.model
-    compile_lrn(model, config.compile, classifier.device, precision)
+    speed_up_lrn(model, config.compile, classifier.device, precision)
     loader = classifier.loader(data.test_images, data.test_labels)
     what = f"{path} (epoch {classifier.trained['epoch']}) on {trained.dataset}"
     metrics, evaluation = compute_test_metrics(model, loader, precision)
@@ -1331,7 +1329,7 @@ class FiveConvNet(nn.Sequential):
 class AlexNet(nn.Module):
     """The network of the AlexNet paper, whole, for images enlarged to 227x227; 58 M parameters."""
 
-    relu_of = {"features.2": "features.1", "features.6": "features.5"}
+    relu_of: ClassVar = {"features.2": "features.1", "features.6": "features.5"}
 
     def __init__(self, num_classes=10, norm_layer=LocalResponseNormalization, dropout=0.5) -> None:
         super().__init__()
@@ -1459,7 +1457,7 @@ class _LRNFunction(torch.autograd.Function):
     """LRN with its gradient written out; only the input is kept for it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, lrn: LocalResponseNormalization) -> Tensor:
+    def forward(ctx, x: Tensor, lrn: nn.Module) -> Tensor:
         images = x.permute(0, 2, 3, 1).contiguous()
         rows = images.view(-1, x.size(1))
         padded = rows.new_zeros(len(rows), x.size(1) + lrn.size - 1)
@@ -1473,7 +1471,7 @@ class _LRNFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled():  # once_differentiable would not see a derivative by x
-            raise RuntimeError("LocalResponseNormalization can be differentiated only once")
+            raise RuntimeError("FastLRN is differentiable only once: use load_trained's network")
         (x,), lrn = ctx.saved_tensors, ctx.lrn
         images = grad.permute(0, 2, 3, 1).contiguous()
         rows = images.view(-1, grad.size(1))
@@ -1484,12 +1482,43 @@ class _LRNFunction(torch.autograd.Function):
         return grad.view_as(images).permute(0, 3, 1, 2), None
 
 
-def compile_lrn(model: nn.Module, wanted: str, device: torch.device, precision: str) -> bool:
-    """Have the LRN layers of a model compiled, each with its ReLU; returns whether they are.
+class FastLRN(LocalResponseNormalization):
+    """LRN by these passes; with `relu` it also does the work of the ReLU before it.
 
-    A copy is tried first, on two images, which compiles all kernels. If it fails the model is as
-    it was, and there is a note, or with "on" a UserError. "auto" leaves MPS alone.
+    An exporter or torch.compile that records the network is given the plain formula, since some
+    converters lose, without a word, what an autograd.Function writes in place.
     """
+
+    def __init__(self, lrn: LocalResponseNormalization, compiled: bool, relu: bool) -> None:
+        super().__init__(lrn.size, lrn.alpha, lrn.beta, lrn.k)
+        self.compiled = compiled
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return super().forward(x.relu() if self.relu else x)
+        return _LRNFunction.apply(x, self)
+
+
+def replace_lrn(model: nn.Module, compiled: bool) -> None:
+    """Put a FastLRN in place of each LRN layer; a compiled one also of the ReLU before it."""
+    relu_of = getattr(model, "relu_of", {}) if compiled else {}
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, LocalResponseNormalization):
+            model.set_submodule(name, FastLRN(layer, compiled, relu=name in relu_of))
+            if name in relu_of:
+                model.set_submodule(relu_of[name], nn.Identity())
+
+
+def speed_up_lrn(model: nn.Module, wanted: str, device: torch.device, precision: str) -> bool:
+    """Have the LRN layers of a model run fast, compiled if `wanted`; returns whether they are.
+
+    A copy is compiled first, on two images, which compiles all kernels. If it fails there is a
+    note, or with "on" a UserError. "auto" leaves MPS alone. Not compiled, LRN is fast on a CPU
+    only, elsewhere it stays the plain formula.
+    """
+    if device.type == "cpu":
+        replace_lrn(model, compiled=False)
     has_lrn = any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
     if not has_lrn or wanted == "off" or (wanted == "auto" and device.type == "mps"):
         return False
@@ -1502,7 +1531,7 @@ def compile_lrn(model: nn.Module, wanted: str, device: torch.device, precision: 
         if torch._dynamo.config.disable or (precision == "bf16" and without_bf16):
             raise RuntimeError("TORCH_COMPILE_DISABLE is set, or this GPU has no bf16")
         trial = copy.deepcopy(model).eval()
-        fuse_lrn(trial)
+        replace_lrn(trial, compiled=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = trial(images)
         logits.float().sum().backward()  # outside, as training does it
@@ -1511,19 +1540,8 @@ def compile_lrn(model: nn.Module, wanted: str, device: torch.device, precision: 
             raise UserError(f"--compile on: it does not work here ({reason(error)})", 2) from None
         print(f"note: running without torch.compile, at half the speed ({reason(error)})")
         return False
-    fuse_lrn(model)
+    replace_lrn(model, compiled=True)
     return True
-
-
-def fuse_lrn(model: nn.Module) -> None:
-    """Have the LRN layers of a model run compiled, and do the work of the ReLU that it names."""
-    for layer in model.modules():
-        if isinstance(layer, LocalResponseNormalization):
-            layer.compiled = True
-    for norm, relu in getattr(model, "relu_of", {}).items():
-        if isinstance(layer := model.get_submodule(norm), LocalResponseNormalization):
-            layer.relu = True
-            model.set_submodule(relu, nn.Identity())
 
 
 def accelerate(
@@ -1535,7 +1553,7 @@ def accelerate(
     """
     if world()[1] > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    compiled = compile_lrn(model, config.compile, device, precision)
+    compiled = speed_up_lrn(model, config.compile, device, precision)
     graphs = device.type == "cuda" and world()[1] == 1 and config.compile != "off"
     hardware = describe_hardware(device, precision, compiled) | {"cuda_graphs": graphs}
     if world()[1] > 1:
