@@ -211,42 +211,45 @@ class LocalResponseNormalization(nn.Module):
 class KrizhevskyNet(nn.Module):
     """Three convolutions, two of them with LRN, and three linear layers; 0.76 M parameters.
 
-    Input (N, 3, 32, 32) float, normalized; output (N, num_classes) logits. `norm_layer` makes a
-    normalization layer (`nn.Identity` for none); `dropout` is that of the inputs of fc2 and fc3.
+    Input (N, 3, 32, 32) float, normalized; output (N, num_classes) logits. `lrn` is size, alpha,
+    beta and k of LRN, None for none; `dropout` is that of the inputs of fc2 and fc3.
     """
 
     relu_of: ClassVar = {"norm1": "relu1", "norm2": "relu2"}  # compiled LRN does their work
 
     def __init__(
-        self, num_classes: int = 10,
-        norm_layer: Callable[[], nn.Module] = LocalResponseNormalization, dropout: float = 0.0,
+        self, num_classes: int = 10, lrn: Iterable[float] | None = (5, 1e-4, 0.75, 2.0),
+        dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.conv1 = nn.Conv2d(3, 96, kernel_size=3, padding=1)
         self.relu1 = nn.ReLU(inplace=True)
-        self.norm1 = norm_layer()
+        self.norm1 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
+        self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.conv2 = nn.Conv2d(96, 96, kernel_size=3, padding=1)
         self.relu2 = nn.ReLU(inplace=True)
-        self.norm2 = norm_layer()
+        self.norm2 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
+        self.pool2 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.conv3 = nn.Conv2d(96, 192, kernel_size=3, padding=1)
         self.relu3 = nn.ReLU(inplace=True)
+        self.pool3 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.fc1 = nn.Linear(192 * 3 * 3, 256)
         self.relu4 = nn.ReLU(inplace=True)
+        self.dropout1 = nn.Dropout(dropout)
         self.fc2 = nn.Linear(256, 256)
         self.relu5 = nn.ReLU(inplace=True)
+        self.dropout2 = nn.Dropout(dropout)
         self.fc3 = nn.Linear(256, num_classes)
-        self.pool = nn.MaxPool2d(kernel_size=3, stride=2)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.norm1(self.relu1(self.conv1(x))))  # (N, 96, 15, 15)
-        x = self.pool(self.norm2(self.relu2(self.conv2(x))))  # (N, 96, 7, 7)
-        x = self.pool(self.relu3(self.conv3(x))).flatten(1)  # (N, 192 * 3 * 3)
-        x = self.dropout(self.relu4(self.fc1(x)))
-        x = self.dropout(self.relu5(self.fc2(x)))
+        x = self.pool1(self.norm1(self.relu1(self.conv1(x))))  # (N, 96, 15, 15)
+        x = self.pool2(self.norm2(self.relu2(self.conv2(x))))  # (N, 96, 7, 7)
+        x = self.pool3(self.relu3(self.conv3(x))).flatten(1)  # (N, 192 * 3 * 3)
+        x = self.dropout1(self.relu4(self.fc1(x)))
+        x = self.dropout2(self.relu5(self.fc2(x)))
         return self.fc3(x)
 
 
@@ -259,8 +262,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
     if config.model in WITH_LRN:
         constants = (config.lrn_size, config.lrn_alpha, config.lrn_beta, config.lrn_k)
-        lrn = functools.partial(LocalResponseNormalization, *constants)
-        options["norm_layer"] = lrn if config.norm == "lrn" else nn.Identity
+        options["lrn"] = constants if config.norm == "lrn" else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 0, 0))
         return MODELS[config.model](num_classes, **options)
@@ -287,10 +289,13 @@ class CifarLoader:
     The crops and flips are those of torchvision's Pad(4), RandomCrop(32), RandomHorizontalFlip: a
     black border, any of 81 positions, flipped or not, drawn anew for every image and epoch. They
     and the order derive from (seed, epoch) alone: an epoch can be repeated exactly, on any device.
+    Each iteration is the next epoch, unless `set_epoch` chooses one.
 
     Made of images (N, 3, 32, 32) uint8, labels (N,) int64, and mean and std for pixels in 0..1.
     Iterating yields images (B, 3, 32, 32) float32, normalized, and labels (B,) int64; without
     `augment`, unchanged and in their order. torchrun's processes get equal shares of each batch.
+
+    Raises ValueError for images of another shape or type.
     """
 
     def __init__(
@@ -298,6 +303,9 @@ class CifarLoader:
         std: Iterable[float], batch_size: int = 128, augment: bool = False, seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, 32, 32):
+            found = f"{tuple(images.shape)} {images.dtype}"
+            raise ValueError(f"images must be (N, 3, 32, 32) torch.uint8, not {found}")
         self.labels = labels.to(device)
         self.classes = list(classes)
         self.mean = list(mean)
@@ -329,6 +337,7 @@ class CifarLoader:
             return self.view(*CENTER)
         count, (rank, world_size) = len(self.labels), world()
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, 1))
+        self.epoch += 1  # for the next iteration
         order = torch.randperm(count, generator=generator)
         corners = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
         flips = torch.rand(1, count, generator=generator) < 0.5
@@ -453,7 +462,8 @@ def train_one_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        totals += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+        classes = labels.argmax(1) if labels.dim() > 1 else labels  # MixUp's are (B, classes)
+        totals += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == classes).sum()])
         count += len(labels)
     if world()[1] > 1:
         distributed.all_reduce(totals)
@@ -1190,6 +1200,7 @@ def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
 def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a best.pt, ready for use, and its `config`, `classes`, `mean`, `std`, `epoch`.
 
+    It is the one to take to other tools: plain LRN, contiguous weights.
     Raises UserError if the file is missing, damaged or something else.
     """
     path = user_path(path)
@@ -1197,7 +1208,7 @@ def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dic
     with checkpoint_errors(path):
         model = build_model(checkpoint["config"], len(checkpoint["classes"]))
         model.load_state_dict(checkpoint["model"])
-    return model.to(device, memory_format=memory_format(device)).eval(), checkpoint
+    return model.to(device).eval(), checkpoint
 
 
 class Classifier:
@@ -1224,7 +1235,10 @@ class Classifier:
         return CifarLoader(images, labels, *constants, EVAL_BATCH_SIZE, device=self.device)
 
     def classify(self, images: Tensor) -> list[dict[str, float]]:
-        """The probability of each class, highest first, for images (N, 3, 32, 32) uint8."""
+        """The probability of each class, highest first, for images (N, 3, 32, 32) uint8.
+
+        Raises ValueError for images of another shape or type.
+        """
         loader = self.loader(images, torch.zeros(len(images), dtype=torch.int64))  # labels unused
         output, _ = predict(self.model, loader, self.device, self.precision)
         rows = [zip(self.classes, row) for row in output.exp().tolist()]
@@ -1331,12 +1345,17 @@ class AlexNet(nn.Module):
 
     relu_of: ClassVar = {"features.2": "features.1", "features.6": "features.5"}
 
-    def __init__(self, num_classes=10, norm_layer=LocalResponseNormalization, dropout=0.5) -> None:
+    def __init__(
+        self, num_classes: int = 10, lrn: Iterable[float] | None = (5, 1e-4, 0.75, 2.0),
+        dropout: float = 0.5,
+    ) -> None:  # fmt: skip
         super().__init__()
         relu = functools.partial(nn.ReLU, inplace=True)
+        norm1 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
+        norm2 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
         self.features = nn.Sequential(
-            nn.Conv2d(3, 96, 11, stride=4), relu(), norm_layer(), nn.MaxPool2d(3, 2),
-            nn.Conv2d(96, 256, 5, padding=2), relu(), norm_layer(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(3, 96, 11, stride=4), relu(), norm1, nn.MaxPool2d(3, 2),
+            nn.Conv2d(96, 256, 5, padding=2), relu(), norm2, nn.MaxPool2d(3, 2),
             nn.Conv2d(256, 384, 3, padding=1), relu(),
             nn.Conv2d(384, 384, 3, padding=1), relu(),
             nn.Conv2d(384, 256, 3, padding=1), relu(), nn.MaxPool2d(3, 2),
@@ -1374,14 +1393,15 @@ class CompactNet(nn.Module):
         self.standard1 = block(conv(64, 128))
         self.standard2 = block(conv(128, 128))
         self.standard3 = block(conv(128, 128))
-        self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
+        self.pool1 = nn.MaxPool2d(kernel_size=2, stride=2)
+        self.pool2 = nn.MaxPool2d(kernel_size=2, stride=2)
         self.fc = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dilated1(self.stem(x))
-        x = self.pool(x + self.dilated2(x))  # (N, 32, 16, 16)
+        x = self.pool1(x + self.dilated2(x))  # (N, 32, 16, 16)
         x = self.separable1(x)
-        x = self.pool(x + self.separable2(x))  # (N, 64, 8, 8)
+        x = self.pool2(x + self.separable2(x))  # (N, 64, 8, 8)
         x = self.standard1(x)
         x = x + self.standard3(self.standard2(x))
         return self.fc(x.mean((2, 3)))

@@ -177,7 +177,8 @@ def test_alexnet_sees_images_of_227x227(ck):
 
 def test_a_value_of_compact_sees_more_than_44_pixels(ck):
     model, maps = ck.CompactNet().eval(), []
-    model.pool = nn.AvgPool2d(2)  # a maximum would pass its gradient to one pixel only
+    # a maximum would pass its gradient to one pixel only
+    model.pool1 = model.pool2 = nn.AvgPool2d(2)
     for parameter in model.parameters():
         parameter.data.abs_()  # so that nothing is cut off or cancelled
     model.standard3.register_forward_hook(lambda _, __, output: maps.append(output))
