@@ -53,7 +53,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -215,7 +215,7 @@ class KrizhevskyNet(nn.Module):
     beta and k of LRN, None for none; `dropout` is that of the inputs of fc2 and fc3.
     """
 
-    relu_of: ClassVar = {"norm1": "relu1", "norm2": "relu2"}  # compiled LRN does their work
+    relu_of = (("norm1", "relu1"), ("norm2", "relu2"))  # compiled LRN does the work of these ReLUs
 
     def __init__(
         self, num_classes: int = 10, lrn: Iterable[float] | None = (5, 1e-4, 0.75, 2.0),
@@ -1343,7 +1343,7 @@ class FiveConvNet(nn.Sequential):
 class AlexNet(nn.Module):
     """The network of the AlexNet paper, whole, for images enlarged to 227x227; 58 M parameters."""
 
-    relu_of: ClassVar = {"features.2": "features.1", "features.6": "features.5"}
+    relu_of = (("features.2", "features.1"), ("features.6", "features.5"))
 
     def __init__(
         self, num_classes: int = 10, lrn: Iterable[float] | None = (5, 1e-4, 0.75, 2.0),
@@ -1505,8 +1505,8 @@ class _LRNFunction(torch.autograd.Function):
 class FastLRN(LocalResponseNormalization):
     """LRN by these passes; with `relu` it also does the work of the ReLU before it.
 
-    An exporter or torch.compile that records the network is given the plain formula, since some
-    converters lose, without a word, what an autograd.Function writes in place.
+    Exporters, torch.compile and whatever else records the network are given the plain formula:
+    some converters lose, without a word, what an autograd.Function writes in place.
     """
 
     def __init__(self, lrn: LocalResponseNormalization, compiled: bool, relu: bool) -> None:
@@ -1515,14 +1515,15 @@ class FastLRN(LocalResponseNormalization):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if recorded or not isinstance(x, Tensor):  # torch.fx passes a proxy of one
             return super().forward(x.relu() if self.relu else x)
         return _LRNFunction.apply(x, self)
 
 
 def replace_lrn(model: nn.Module, compiled: bool) -> None:
     """Put a FastLRN in place of each LRN layer; a compiled one also of the ReLU before it."""
-    relu_of = getattr(model, "relu_of", {}) if compiled else {}
+    relu_of = dict(getattr(model, "relu_of", ())) if compiled else {}
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, LocalResponseNormalization):
             model.set_submodule(name, FastLRN(layer, compiled, relu=name in relu_of))
