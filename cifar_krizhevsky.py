@@ -50,7 +50,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -212,7 +212,8 @@ class LocalResponseNormalization(nn.Module):
     """x_c / (k + alpha/size * sum of x_j^2 over the `size` channels j around c) ** beta.
 
     Section 3.3 of the AlexNet paper, with alpha divided by the window size as in Krizhevsky's code
-    and in `nn.LocalResponseNorm`, which gives the same values and is several times slower.
+    and in `nn.LocalResponseNorm`, which gives the same values. This plain formula is what the layer
+    is, for exporters too; only the script's own run has its own model do it faster (`FastLRN`).
 
     Shape: (N, C, H, W) to (N, C, H, W), any floating type; the denominator is fp32 or better.
     Raises ValueError if size is below 1 or the input is not four-dimensional.
@@ -226,20 +227,16 @@ class LocalResponseNormalization(nn.Module):
         self.alpha = alpha
         self.beta = beta
         self.k = k
-        # set by fuse_lrn
-        self.compiled = False
-        self.relu = False  # whether it also does the work of the ReLU before it
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4:
-            raise ValueError(f"expected an input of shape (N, C, H, W), not {tuple(x.shape)}")
-        if x.is_cpu or self.compiled:  # the same formula, with its gradient written out
-            return _LRNFunction.apply(x, self)
+        _, channels, _, _ = x.shape  # (N, C, H, W)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 would round the sum to k
-        squares = wide.square().flatten(2).unsqueeze(1)  # (N, 1, C, H W)
-        squares = F.pad(squares, (0, 0, self.size // 2, (self.size - 1) // 2))
-        mean = F.avg_pool2d(squares, (self.size, 1), stride=1).view_as(x)
-        return (wide * (self.k + self.alpha * mean) ** -self.beta).to(x.dtype)
+        margins = (0, 0, 0, 0, self.size // 2, (self.size - 1) // 2)  # of W, H and C
+        squares = F.pad(wide.square(), margins)
+        total = squares[:, :channels]
+        for shift in range(1, self.size):
+            total = total + squares[:, shift : shift + channels]
+        return (wide * (self.k + self.alpha / self.size * total) ** -self.beta).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
@@ -248,42 +245,45 @@ class LocalResponseNormalization(nn.Module):
 class KrizhevskyNet(nn.Module):
     """Three convolutions, two of them with LRN, and three linear layers; 0.76 M parameters.
 
-    Input (N, 3, 32, 32) float, normalized; output (N, num_classes) logits. `norm_layer` makes a
-    normalization layer (`nn.Identity` for none); `dropout` is that of the inputs of fc2 and fc3.
+    Input (N, 3, 32, 32) float, normalized; output (N, num_classes) logits. `lrn` is size, alpha,
+    beta and k of LRN, None for none; `dropout` is that of the inputs of fc2 and fc3.
     """
 
-    relu_of = {"norm1": "relu1", "norm2": "relu2"}  # the ReLUs that compiled LRN takes over
+    relu_of = (("norm1", "relu1"), ("norm2", "relu2"))  # compiled LRN does the work of these ReLUs
 
     def __init__(
-        self, num_classes: int = 10,
-        norm_layer: Callable[[], nn.Module] = LocalResponseNormalization, dropout: float = 0.0,
+        self, num_classes: int = 10, lrn: Sequence[float] | None = (5, 1e-4, 0.75, 2.0),
+        dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.conv1 = nn.Conv2d(3, 96, kernel_size=3, padding=1)
         self.relu1 = nn.ReLU(inplace=True)
-        self.norm1 = norm_layer()
+        self.norm1 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
+        self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.conv2 = nn.Conv2d(96, 96, kernel_size=3, padding=1)
         self.relu2 = nn.ReLU(inplace=True)
-        self.norm2 = norm_layer()
+        self.norm2 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
+        self.pool2 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.conv3 = nn.Conv2d(96, 192, kernel_size=3, padding=1)
         self.relu3 = nn.ReLU(inplace=True)
+        self.pool3 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.fc1 = nn.Linear(192 * 3 * 3, 256)
         self.relu4 = nn.ReLU(inplace=True)
+        self.dropout1 = nn.Dropout(dropout)
         self.fc2 = nn.Linear(256, 256)
         self.relu5 = nn.ReLU(inplace=True)
+        self.dropout2 = nn.Dropout(dropout)
         self.fc3 = nn.Linear(256, num_classes)
-        self.pool = nn.MaxPool2d(kernel_size=3, stride=2)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.norm1(self.relu1(self.conv1(x))))  # (N, 96, 15, 15)
-        x = self.pool(self.norm2(self.relu2(self.conv2(x))))  # (N, 96, 7, 7)
-        x = self.pool(self.relu3(self.conv3(x))).flatten(1)  # (N, 192 * 3 * 3)
-        x = self.dropout(self.relu4(self.fc1(x)))
-        x = self.dropout(self.relu5(self.fc2(x)))
+        x = self.pool1(self.norm1(self.relu1(self.conv1(x))))  # (N, 96, 15, 15)
+        x = self.pool2(self.norm2(self.relu2(self.conv2(x))))  # (N, 96, 7, 7)
+        x = self.pool3(self.relu3(self.conv3(x))).flatten(1)  # (N, 192 * 3 * 3)
+        x = self.dropout1(self.relu4(self.fc1(x)))
+        x = self.dropout2(self.relu5(self.fc2(x)))
         return self.fc3(x)
 
 
@@ -296,9 +296,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
     if config.model in WITH_LRN:
         constants = (config.lrn_size, config.lrn_alpha, config.lrn_beta, config.lrn_k)
-        layer = MapNormalization if config.model == "18pct" else LocalResponseNormalization
-        lrn = functools.partial(layer, *constants)
-        options["norm_layer"] = lrn if config.norm == "lrn" else nn.Identity
+        options["lrn"] = constants if config.norm == "lrn" else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 0, 0))
         return MODELS[config.model](num_classes, **options)
@@ -327,14 +325,15 @@ class CifarLoader:
     A crop of 32x32 is one of 81 in the image with 4 black pixels on each side, a crop of 24x24 one
     of 81 in the image itself. The crops and flips are those of torchvision's Pad(4),
     RandomCrop(32), RandomHorizontalFlip, drawn anew for every image and epoch. They and the order
-    derive from (seed, epoch) alone: an epoch can be repeated exactly, on any device.
+    derive from (seed, epoch) alone: an epoch can be repeated exactly, on any device. Each iteration
+    is the next epoch, unless `set_epoch` chooses one.
 
     Made of images (N, 3, 32, 32) uint8; labels (N,) int64; the mean and std of pixels in 0..1, of
     three colors, the mean also as an image (3, size, size); and the side `crop_size` of a crop.
     `shuffle` is for training: a new order in every epoch, and the variations of `augment`
     ("crop-flip", "crop" or "none"). Iterating yields images (B, 3, size, size) float32, normalized,
     and labels (B,) int64. torchrun's processes get equal shares of each shuffled batch.
-    Raises ValueError for another `augment`.
+    Raises ValueError for another `augment`, and for images of another shape or type.
     """
 
     def __init__(
@@ -344,6 +343,9 @@ class CifarLoader:
     ) -> None:  # fmt: skip
         if augment not in VIEWS:
             raise ValueError(f"augment must be one of {', '.join(VIEWS)}, not {augment}")
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, 32, 32):
+            found = f"{tuple(images.shape)} {images.dtype}"
+            raise ValueError(f"images must be (N, 3, 32, 32) torch.uint8, not {found}")
         self.labels = labels.to(device)
         self.classes = list(classes)
         self.mean = mean
@@ -379,6 +381,7 @@ class CifarLoader:
         count = len(self.labels)
         rank, world_size = world()
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, 1))
+        self.epoch += 1  # for the next iteration
         order = torch.randperm(count, generator=generator)
         corners = torch.randint(0, PLACES, (2, count), generator=generator)
         flips = torch.rand(count, generator=generator) < 0.5
@@ -532,7 +535,8 @@ def train_one_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        totals += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+        classes = labels.argmax(1) if labels.dim() > 1 else labels  # MixUp's are (B, classes)
+        totals += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == classes).sum()])
         count += len(labels)
     if world()[1] > 1:
         distributed.all_reduce(totals)
@@ -1154,6 +1158,7 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a best.pt, ready for use, and its `config`, `classes`, `mean`, `std`, `epoch`.
 
+    It is the one to take to other tools: plain LRN, contiguous weights.
     Raises UserError if the file is missing, damaged or something else.
     """
     path = user_path(path)
@@ -1161,7 +1166,7 @@ def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dic
     with checkpoint_errors(path):
         model = build_model(checkpoint["config"], len(checkpoint["classes"]))
         model.load_state_dict(checkpoint["model"])
-    return model.to(device, memory_format=memory_format(device)).eval(), checkpoint
+    return model.to(device).eval(), checkpoint
 
 
 class Classifier:
@@ -1178,6 +1183,7 @@ class Classifier:
         if not precision:  # as it was trained, bf16 only where this hardware computes in it
             precision = self.trained["config"].precision.replace("bf16", "auto")
         self.precision = choose_precision(precision, self.device)
+        speed_up_lrn(self.model, "off", self.device, self.precision)
 
     def __call__(self, picture: str | Path) -> dict[str, float]:
         return self.classify(read_picture(picture)[None])[0]
@@ -1196,7 +1202,10 @@ class Classifier:
         )
 
     def classify(self, images: Tensor) -> list[dict[str, float]]:
-        """The probability of each class, highest first, for images (N, 3, 32, 32) uint8."""
+        """The probability of each class, highest first, for images (N, 3, 32, 32) uint8.
+
+        Raises ValueError for images of another shape or type.
+        """
         no_labels = torch.zeros(len(images), dtype=torch.int64)
         loader = self.loader(images, no_labels)
         log_probabilities, _ = predict(self.model, loader, self.device, self.precision)
@@ -1275,7 +1284,7 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     folder = user_path(config.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     tune_glibc_malloc()
-    compile_lrn(model, config.compile, classifier.device, classifier.precision)
+    speed_up_lrn(model, config.compile, classifier.device, classifier.precision)
     loader = classifier.loader(data.test_images, data.test_labels)
     views = VIEWS[trained.augment]
     metrics, evaluation = compute_test_metrics(model, loader, classifier.precision, views)
@@ -1556,19 +1565,19 @@ class Net18pct(nn.Module):
     decay_factors = {"conv1": 1.0, "conv2": 1.0, "conv3": 1.0, "fc10": 250.0}  # of 0.004
 
     def __init__(
-        self, num_classes: int = 10, norm_layer: Callable[[], nn.Module] = MapNormalization,
+        self, num_classes: int = 10, lrn: Sequence[float] | None = (3, 5e-5, 0.75, 1.0),
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.conv1 = nn.Conv2d(3, 32, kernel_size=5, padding=2)
         self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
         self.relu1 = nn.ReLU(inplace=True)
-        self.norm1 = norm_layer()
+        self.norm1 = MapNormalization(*lrn) if lrn else nn.Identity()
 
         self.conv2 = nn.Conv2d(32, 32, kernel_size=5, padding=2)
         self.relu2 = nn.ReLU(inplace=True)
         self.pool2 = nn.AvgPool2d(kernel_size=3, stride=2, ceil_mode=True)
-        self.norm2 = norm_layer()
+        self.norm2 = MapNormalization(*lrn) if lrn else nn.Identity()
 
         self.conv3 = nn.Conv2d(32, 64, kernel_size=5, padding=2)
         self.relu3 = nn.ReLU(inplace=True)
@@ -1608,9 +1617,6 @@ class LocallyConnected2d(nn.Module):
         return outputs.unflatten(0, (size, size)).permute(2, 3, 0, 1)
 
 
-LRN_OF_11PCT = functools.partial(LocalResponseNormalization, 9, 1e-3, 0.75, 1.0)
-
-
 class Net11pct(nn.Module):
     """Two convolutions with LRN, two locally connected layers and a linear one.
 
@@ -1619,22 +1625,21 @@ class Net11pct(nn.Module):
 
     input_size = 24
     decay_factors = {"conv1": 0.0, "conv2": 0.0, "local3": 1.0, "local4": 1.0, "fc10": 2.5}
-    relu_of = {"norm1": "relu1", "norm2": "relu2"}
+    relu_of = (("norm1", "relu1"), ("norm2", "relu2"))
 
     def __init__(
-        self, num_classes: int = 10,
-        norm_layer: Callable[[], nn.Module] = LRN_OF_11PCT,
+        self, num_classes: int = 10, lrn: Sequence[float] | None = (9, 1e-3, 0.75, 1.0),
         dropout: float = 0.0, local3_maps: int = 64,
     ) -> None:  # fmt: skip
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, kernel_size=5, padding=2)
         self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
         self.relu1 = nn.ReLU(inplace=True)
-        self.norm1 = norm_layer()
+        self.norm1 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
 
         self.conv2 = nn.Conv2d(64, 64, kernel_size=5, padding=2)
         self.relu2 = nn.ReLU(inplace=True)
-        self.norm2 = norm_layer()
+        self.norm2 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
         self.pool2 = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
 
         self.local3 = LocallyConnected2d(64, local3_maps, size=6)
@@ -1659,10 +1664,9 @@ class Net13pct(Net11pct):
     """Net11pct without normalization, and with half as many maps in the first local layer."""
 
     decay_factors = {"conv1": 0.0, "conv2": 0.0, "local3": 1.0, "local4": 1.0, "fc10": 1.0}
-    relu_of = {}
 
     def __init__(self, num_classes: int = 10, dropout: float = 0.0) -> None:
-        super().__init__(num_classes, nn.Identity, dropout, local3_maps=32)
+        super().__init__(num_classes, None, dropout, local3_maps=32)
 
 
 # ---- Other networks, with the input and output of KrizhevskyNet ----------------------------------
@@ -1688,17 +1692,19 @@ class FiveConvNet(nn.Sequential):
 class AlexNet(nn.Module):
     """The network of the AlexNet paper, whole, for images enlarged to 227x227; 58 M parameters."""
 
-    relu_of = {"features.2": "features.1", "features.6": "features.5"}
+    relu_of = (("features.2", "features.1"), ("features.6", "features.5"))
 
     def __init__(
-        self, num_classes: int = 10,
-        norm_layer: Callable[[], nn.Module] = LocalResponseNormalization, dropout: float = 0.5,
+        self, num_classes: int = 10, lrn: Sequence[float] | None = (5, 1e-4, 0.75, 2.0),
+        dropout: float = 0.5,
     ) -> None:  # fmt: skip
         super().__init__()
         relu = functools.partial(nn.ReLU, inplace=True)
+        norm1 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
+        norm2 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
         self.features = nn.Sequential(
-            nn.Conv2d(3, 96, 11, stride=4), relu(), norm_layer(), nn.MaxPool2d(3, 2),
-            nn.Conv2d(96, 256, 5, padding=2), relu(), norm_layer(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(3, 96, 11, stride=4), relu(), norm1, nn.MaxPool2d(3, 2),
+            nn.Conv2d(96, 256, 5, padding=2), relu(), norm2, nn.MaxPool2d(3, 2),
             nn.Conv2d(256, 384, 3, padding=1), relu(),
             nn.Conv2d(384, 384, 3, padding=1), relu(),
             nn.Conv2d(384, 256, 3, padding=1), relu(), nn.MaxPool2d(3, 2),
@@ -1736,14 +1742,15 @@ class CompactNet(nn.Module):
         self.standard1 = block(conv(64, 128))
         self.standard2 = block(conv(128, 128))
         self.standard3 = block(conv(128, 128))
-        self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
+        self.pool1 = nn.MaxPool2d(kernel_size=2, stride=2)
+        self.pool2 = nn.MaxPool2d(kernel_size=2, stride=2)
         self.fc = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dilated1(self.stem(x))
-        x = self.pool(x + self.dilated2(x))  # (N, 32, 16, 16)
+        x = self.pool1(x + self.dilated2(x))  # (N, 32, 16, 16)
         x = self.separable1(x)
-        x = self.pool(x + self.separable2(x))  # (N, 64, 8, 8)
+        x = self.pool2(x + self.separable2(x))  # (N, 64, 8, 8)
         x = self.standard1(x)
         x = x + self.standard3(self.standard2(x))
         return self.fc(x.mean((2, 3)))
@@ -1833,7 +1840,7 @@ class _LRNFunction(torch.autograd.Function):
     """LRN with its gradient written out; only the input is kept for it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, lrn: LocalResponseNormalization) -> Tensor:
+    def forward(ctx, x: Tensor, lrn: nn.Module) -> Tensor:
         images = x.permute(0, 2, 3, 1).contiguous()
         rows = images.view(-1, x.size(1))
         padded = rows.new_zeros(len(rows), x.size(1) + lrn.size - 1)
@@ -1847,7 +1854,7 @@ class _LRNFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled():  # once_differentiable would not see a derivative by x
-            raise RuntimeError("LocalResponseNormalization can be differentiated only once")
+            raise RuntimeError("FastLRN is differentiable only once: use load_trained's network")
         (x,), lrn = ctx.saved_tensors, ctx.lrn
         images = grad.permute(0, 2, 3, 1).contiguous()
         rows = images.view(-1, grad.size(1))
@@ -1858,12 +1865,44 @@ class _LRNFunction(torch.autograd.Function):
         return grad.view_as(images).permute(0, 3, 1, 2), None
 
 
-def compile_lrn(model: nn.Module, wanted: str, device: torch.device, precision: str) -> bool:
-    """Have the LRN layers of a model compiled, each with its ReLU; returns whether they are.
+class FastLRN(LocalResponseNormalization):
+    """LRN by these passes; with `relu` it also does the work of the ReLU before it.
 
-    A copy is tried first, on two images, which compiles all kernels. If it fails the model is as
-    it was, and there is a note. MPS is left alone.
+    Exporters, torch.compile and whatever else records the network are given the plain formula:
+    some converters lose, without a word, what an autograd.Function writes in place.
     """
+
+    def __init__(self, lrn: LocalResponseNormalization, compiled: bool, relu: bool) -> None:
+        super().__init__(lrn.size, lrn.alpha, lrn.beta, lrn.k)
+        self.compiled = compiled
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if recorded or not isinstance(x, Tensor):  # torch.fx passes a proxy of one
+            return super().forward(x.relu() if self.relu else x)
+        return _LRNFunction.apply(x, self)
+
+
+def replace_lrn(model: nn.Module, compiled: bool) -> None:
+    """Put a FastLRN in place of each LRN layer; a compiled one also of the ReLU before it."""
+    relu_of = dict(getattr(model, "relu_of", ())) if compiled else {}
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, LocalResponseNormalization):
+            model.set_submodule(name, FastLRN(layer, compiled, relu=name in relu_of))
+            if name in relu_of:
+                model.set_submodule(relu_of[name], nn.Identity())
+
+
+def speed_up_lrn(model: nn.Module, wanted: str, device: torch.device, precision: str) -> bool:
+    """Have the LRN layers of a model run fast, compiled if `wanted`; returns whether they are.
+
+    A copy is compiled first, on two images, which compiles all kernels. If it fails there is a
+    note. MPS is left alone. Not compiled, LRN is fast on a CPU only, elsewhere it stays the plain
+    formula.
+    """
+    if device.type == "cpu":
+        replace_lrn(model, compiled=False)
     has_lrn = any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
     if not has_lrn or wanted == "off" or device.type == "mps":
         return False
@@ -1877,26 +1916,15 @@ def compile_lrn(model: nn.Module, wanted: str, device: torch.device, precision: 
         if torch._dynamo.config.disable or (precision == "bf16" and without_bf16):
             raise RuntimeError("TORCH_COMPILE_DISABLE is set, or this GPU has no bf16")
         trial = copy.deepcopy(model).eval()
-        fuse_lrn(trial)
+        replace_lrn(trial, compiled=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = trial(images)
         logits.float().sum().backward()  # outside, as training does it
     except Exception as error:
         print(f"note: running without torch.compile, at half the speed ({reason(error)})")
         return False
-    fuse_lrn(model)
+    replace_lrn(model, compiled=True)
     return True
-
-
-def fuse_lrn(model: nn.Module) -> None:
-    """Have the LRN layers of a model run compiled, and do the work of the ReLU that it names."""
-    for layer in model.modules():
-        if isinstance(layer, LocalResponseNormalization):
-            layer.compiled = True
-    for norm, relu in getattr(model, "relu_of", {}).items():
-        if isinstance(layer := model.get_submodule(norm), LocalResponseNormalization):
-            layer.relu = True
-            model.set_submodule(relu, nn.Identity())
 
 
 def accelerate(
@@ -1908,7 +1936,7 @@ def accelerate(
     """
     if world()[1] > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    compiled = compile_lrn(model, config.compile, device, precision)
+    compiled = speed_up_lrn(model, config.compile, device, precision)
     graphs = device.type == "cuda" and world()[1] == 1 and config.compile != "off"
     hardware = describe_hardware(device, precision, compiled) | {"cuda_graphs": graphs}
     if world()[1] > 1:

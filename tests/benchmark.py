@@ -148,7 +148,7 @@ def this_script(
     )
     model = script.build_model(config, len(train_loader.classes))
     model = model.to(device, memory_format=script.memory_format(device))
-    compiled = script.compile_lrn(model, contender.compile, device, precision)
+    compiled = script.speed_up_lrn(model, contender.compile, device, precision)
     if device.type == "cuda" and contender.compile != "off":
         model = script.CudaGraphs(model, next(iter(train_loader))[0], precision)
     criterion = nn.CrossEntropyLoss()

@@ -304,7 +304,7 @@ def test_the_note_about_a_compiler_says_what_is_wrong_with_it(ck, capsys):
 
     model = nn.Sequential(nn.Identity(), ck.LocalResponseNormalization())
     model[0].forward = fail
-    assert not ck.compile_lrn(model, "auto", CPU, "fp32")
+    assert not ck.speed_up_lrn(model, "auto", CPU, "fp32")
     (note,) = capsys.readouterr().out.splitlines()
     assert note.startswith("note: ") and "fatal error: no omp.h" in note
 

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
 
-def tiny_network(num_classes: int, norm_layer=nn.Identity, dropout: float = 0.0) -> nn.Module:
+def tiny_network(num_classes: int, lrn=None, dropout: float = 0.0) -> nn.Module:
     """Stands in for the network where the run around it is tested."""
     return nn.Sequential(
-        nn.Conv2d(3, 8, kernel_size=4, stride=4), nn.ReLU(), norm_layer(), nn.Flatten(),
+        nn.Conv2d(3, 8, kernel_size=4, stride=4), nn.ReLU(), nn.Flatten(),
         nn.Dropout(dropout), nn.Linear(8 * 8 * 8, num_classes),
     )  # fmt: skip
 
@@ -261,7 +261,7 @@ def test_every_hyperparameter_reaches_every_epoch(ck, small, tmp_path, monkeypat
         assert {*map(id, group["params"])} == {*map(id, model.parameters())}
         seen.update({name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")})
         seen.update(smoothing=criterion.label_smoothing, precision=precision)
-        seen.update(dropout=model.dropout.p, lrn=(norm.size, norm.alpha, norm.beta, norm.k))
+        seen.update(dropout=model.dropout2.p, lrn=(norm.size, norm.alpha, norm.beta, norm.k))
         optimizer.step()  # the scheduler wants one
         return 1.0, 10.0
 

@@ -69,7 +69,8 @@ def test_a_classifier_is_three_lines_of_python(monkeypatch, capsys):
 def test_the_class_printed_is_the_one_that_the_network_sees(ck, tmp_path):
     best = torch.load(BEST, weights_only=True)
     constants = {name: best["config"][f"lrn_{name}"] for name in ("size", "alpha", "beta", "k")}
-    model = ck.KrizhevskyNet(10, lambda: nn.LocalResponseNorm(**constants)).eval()
+    model = ck.KrizhevskyNet(10).eval()
+    model.norm1 = model.norm2 = nn.LocalResponseNorm(**constants)
     model.load_state_dict(best["model"])
     found = classify(
         BEST, "--image-dir", SAMPLES, "--show-all-probs", "--precision", "fp32", cwd=tmp_path
