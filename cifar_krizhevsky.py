@@ -50,7 +50,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -483,8 +483,13 @@ def get_cifar_data_loaders(
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     """Mean and std of each color over (N, 3, H, W) uint8 images, for values in 0..1."""
-    results = [torch.std_mean(c.double() / 255, correction=0) for c in images.unbind(1)]
-    return [m.item() for _, m in results], [max(s.item(), 1 / 255) for s, _ in results]  # never 0
+    means = []
+    stds = []
+    for color in images.unbind(1):
+        std, mean = torch.std_mean(color.double() / 255, correction=0)
+        means.append(mean.item())
+        stds.append(max(std.item(), 1 / 255))  # never 0
+    return means, stds
 
 
 def validation_split(labels: Tensor, val_size: int | None = None) -> Tensor:
@@ -492,7 +497,8 @@ def validation_split(labels: Tensor, val_size: int | None = None) -> Tensor:
 
     Always the same for the same labels. None holds out a tenth. Raises UserError for too many.
     """
-    count, sizes = len(labels), labels.bincount().tolist()
+    count = len(labels)
+    sizes = labels.bincount().tolist()
     caps = [max(0, size - 1) for size in sizes]
     if val_size is None:
         val_size = min(round(count / 10), sum(caps))
@@ -500,13 +506,16 @@ def validation_split(labels: Tensor, val_size: int | None = None) -> Tensor:
         raise UserError(f"--val-size {val_size}: at most {sum(caps)}, each class keeps one", 2)
     shares = [min(val_size * size // count, cap) for size, cap in zip(sizes, caps)]
     while sum(shares) < val_size:  # largest remainder first; ties go to the lower class index
-        unfilled = [c for c, cap in enumerate(caps) if shares[c] < cap]
-        shares[max(unfilled, key=lambda c: val_size * sizes[c] - shares[c] * count)] += 1
+        remainders = [val_size * size - share * count for size, share in zip(sizes, shares)]
+        unfilled = [label for label, cap in enumerate(caps) if shares[label] < cap]
+        largest = max(unfilled, key=remainders.__getitem__)
+        shares[largest] += 1
     # one order for every run, of random numbers that NumPy promises never to change
     order = torch.from_numpy(np.random.RandomState(2009).permutation(count))
     mask = torch.zeros(count, dtype=torch.bool)
     for label, share in enumerate(shares):
-        mask[order[labels[order] == label][:share]] = True
+        of_class = order[labels[order] == label]
+        mask[of_class[:share]] = True
     return mask
 
 
@@ -528,7 +537,8 @@ def train_one_epoch(
     totals = torch.zeros(2, device=device)  # summed loss, number correct
     count = 0
     for images, labels in dataloader:
-        images, labels = images.to(device), labels.to(device)
+        images = images.to(device)
+        labels = labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(images)
         loss = criterion(logits.float(), labels)
@@ -536,7 +546,8 @@ def train_one_epoch(
         loss.backward()
         optimizer.step()
         classes = labels.argmax(1) if labels.dim() > 1 else labels  # MixUp's are (B, classes)
-        totals += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == classes).sum()])
+        correct = (logits.argmax(1) == classes).sum()
+        totals += torch.stack([loss.detach() * len(labels), correct])
         count += len(labels)
     if world()[1] > 1:
         distributed.all_reduce(totals)
@@ -548,15 +559,16 @@ def train_one_epoch(
     return loss / count, 100 * correct / count
 
 
-def train(config: Config, passed: dict[str, Any] | None = None, command: str = "") -> dict:
+def train(config: Config, named: Collection[str] = (), command: str = "") -> dict[str, Any]:
     """One run, from its first epoch or from last.pt to the test. Returns what summary.json holds.
 
-    `passed` are the settings given as flags: with `resume`, those that must agree with last.pt.
-    `command` is what summary.json records, by default the command line with these flags.
+    `named` are the settings that flags name: with `resume`, those that must agree with last.pt.
+    `command` is what summary.json records of the command line.
     Raises UserError for anything that the user can fix.
     """
     started = time.perf_counter()
-    folder, config, run = open_run(config, passed or {})  # run: what last.pt holds
+    check_recipe(config)
+    folder, config, run = open_run(config, named)  # run: what last.pt holds
 
     # Device, data, network, optimizer
     if config.tensorboard:
@@ -566,10 +578,11 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for CUDA's matrix products
         torch.use_deterministic_algorithms(True)
-    train_loader, val_loader, _ = loaders = get_cifar_data_loaders(
+    loaders = get_cifar_data_loaders(
         config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device,
         config.inputs, config.augment, input_size(MODELS[config.model]),
     )  # fmt: skip
+    train_loader, val_loader, _ = loaders
     tune_glibc_malloc()
     model = build_model(config, len(train_loader.classes))
     model = model.to(device, memory_format=memory_format(device))
@@ -582,31 +595,45 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
     if "model" in run:
         restore(run, folder / "last.pt", model, optimizer, scheduler)
-    if run.setdefault("data", digest := data_digest(*loaders)) != digest:
-        raise UserError(f"{config.dataset} holds other images or labels than when the run started")
     for group in optimizer.param_groups:
         group["fused"] = device.type == "cuda" or None  # one kernel for all weights
+    digest = data_digest(*loaders)
+    if run.setdefault("data", digest) != digest:
+        raise UserError(f"{config.dataset} holds other images or labels than when the run started")
 
     # All is checked: the folder is made, and what was chosen is stored, for a resumed run to keep
     folder = make_folder(folder, config)
     config = replace(
-        config, milestones=milestones, precision=precision, resume=None,
+        config,
+        milestones=milestones,
+        precision=precision,
         compile="auto" if hardware["compiled"] or hardware["cuda_graphs"] else "off",
-        output_dir=str(folder), seeds=None, val_size=len(val_loader.labels) if val_loader else 0,
-    )  # fmt: skip
-    print_run(config, loaders, model, hardware, run)
-    run |= {"config": asdict(config), "hardware": hardware}
-    run |= {name: getattr(train_loader, name) for name in ("classes", "mean", "std")}
-    run |= {"model": cpu_state_dict(model), "optimizer": optimizer.state_dict()}
-    save_run(folder, run, resumed=True)  # a full disk is noticed now, not after an epoch
-    remove_stale_files(folder, run)
+        val_size=len(val_loader.labels) if val_loader else 0,
+        output_dir=str(folder),
+        resume=None,
+        seeds=None,
+    )
+    print_run(config, loaders, model, hardware)
+    if "hardware" in run:
+        print_resumed(run, hardware)
+    run.update(
+        config=asdict(config),
+        hardware=hardware,
+        command=command,
+        classes=train_loader.classes,
+        mean=train_loader.mean,
+        std=train_loader.std,
+        model=cpu_state_dict(model),
+        optimizer=optimizer.state_dict(),
+        setup_seconds=time.perf_counter() - started,
+    )
+    save_run(folder, run, begins=True)  # a full disk is noticed now, not after an epoch
     writer = None
     if config.tensorboard and world()[0] == 0:
         writer = SummaryWriter(folder, purge_step=0)  # hides what the files of a stopped run hold
         log_epochs(writer, run["history"])
 
     # The epochs
-    setup_seconds = time.perf_counter() - started
     first = run["epoch"] + 1
     for epoch in range(first, config.epochs + 1):
         epoch_started = time.perf_counter()
@@ -618,9 +645,12 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
             train_model, batches, criterion, optimizer, device, precision
         )
         train_seconds = time.perf_counter() - epoch_started
-        val_loss, val_accuracy = None, None
+        val_loss = None
+        val_accuracy = None
         if val_loader:
-            val_loss, val_accuracy = evaluate_model(model, val_loader, precision=precision)[:2]
+            validation = evaluate_model(model, val_loader, precision=precision)
+            val_loss = validation.loss
+            val_accuracy = validation.top1
             if not math.isfinite(val_loss):
                 raise UserError(f"the validation loss is infinite or NaN at learning rate {lr:g}")
         scheduler.step()
@@ -637,16 +667,31 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
         }
         run["epoch"] = epoch
         run["history"].append(row)
-        run |= {"model": cpu_state_dict(model), "optimizer": optimizer.state_dict()}
+        run["model"] = cpu_state_dict(model)
+        run["optimizer"] = optimizer.state_dict()
         run["best_epoch"] = find_best(run["history"], config.select)
         if run["best_epoch"] == epoch:
             run["best_model"] = run["model"]
         save_run(folder, run)
-        print_epoch(run["history"], config.epochs, run["best_epoch"] == epoch, epoch == first)
+        if epoch == first:
+            print_header(row)
+        print_epoch(run)
         log_epochs(writer, [row])
 
-    facts = hardware | {"command": command or command_of(passed or {})}
-    return report(config, run, facts | {"setup_seconds": setup_seconds}, loaders, model)
+    return report(config, run, loaders, model)
+
+
+def check_recipe(config: Config) -> None:
+    """Raise UserError for a recipe's name without its settings, which only the flag sets."""
+    if config.recipe is None:
+        return
+    settings = RECIPES.get(config.recipe, {"recipe": None})
+    for name, value in settings.items():
+        if getattr(config, name) != value:
+            way = f'Config(**RECIPES["{config.recipe}"])'
+            raise UserError(
+                f"recipe={config.recipe!r} is only a name: use {way}, with your changes"
+            )
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -667,17 +712,27 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
 
 def resolve_milestones(milestones: Iterable[float] | None, epochs: int) -> list[int]:
     """The epochs after which the learning rate drops, from epochs and fractions of all epochs."""
-    absolute = [m * epochs if m < 1 else m for m in milestones or (0.3, 0.6, 0.8)]
-    return sorted({max(1, round(m)) for m in absolute})  # never 0: MultiStepLR would drop at once
+    resolved = set()
+    for milestone in milestones or (0.3, 0.6, 0.8):
+        if milestone < 1:
+            milestone = milestone * epochs
+        resolved.add(max(1, round(milestone)))  # never 0: MultiStepLR would drop at once
+    return sorted(resolved)
 
 
-def find_best(history: list[dict], select: str) -> int:
-    """The best epoch by validation, the first of equals; without validation the last; 0 if none."""
+def find_best(history: list[dict[str, Any]], select: str) -> int:
+    """The best epoch by validation, of equal accuracy the one with the lower loss.
+
+    Without validation it is the last; 0 if there is none.
+    """
     if not history or history[0]["val_loss"] is None:
         return len(history)
-    if select == "loss":
-        return min(history, key=lambda row: row["val_loss"])["epoch"]
-    return max(history, key=lambda row: row["val_accuracy"])["epoch"]
+
+    def merit(row: dict[str, Any]) -> tuple[float, float]:
+        accuracy = row["val_accuracy"] if select == "accuracy" else 0.0
+        return accuracy, -row["val_loss"]
+
+    return max(history, key=merit)["epoch"]
 
 
 def with_progress(dataloader: CifarLoader, title: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -695,49 +750,85 @@ def with_progress(dataloader: CifarLoader, title: str) -> Iterator[tuple[Tensor,
 
 def print_run(
     config: Config, loaders: tuple[CifarLoader | None, ...], model: nn.Module,
-    hardware: dict[str, Any], saved: dict[str, Any],
+    hardware: dict[str, Any],
 ) -> None:  # fmt: skip
     """Print the data, the network, the schedule, the hardware and the folder of a run."""
-    train_size, val_size, test_size = (len(each.labels) if each else 0 for each in loaders)
-    classes, parameters = loaders[0].classes, sum(p.numel() for p in model.parameters())
-    drops = f"x {config.gamma:g} after epochs {', '.join(map(str, config.milestones))}"
+    train_size, val_size, test_size = [len(each.labels) if each else 0 for each in loaders]
+    classes = loaders[0].classes
+    parameters = sum(p.numel() for p in model.parameters())
+    drops = ", ".join(map(str, config.milestones))
     kernels = "compiled" if hardware["compiled"] else "eager"
-    kernels += ", CUDA graphs" if hardware["cuda_graphs"] else ""
-    print(f"data      {config.dataset}: {train_size:,} training, {val_size:,} validation, "
-          f"{test_size:,} test images of {len(classes)} classes")  # fmt: skip
+    if hardware["cuda_graphs"]:
+        kernels += ", CUDA graphs"
+    print(
+        f"data      {config.dataset}: {train_size:,} training, {val_size:,} validation, "
+        f"{test_size:,} test images of {len(classes)} classes"
+    )
     print(f"network   {config.model}, {parameters:,} parameters, seed {config.seed}")
-    print(f"training  {config.epochs} epochs, batch size {config.batch_size}, learning rate "
-          f"{config.lr:g}, {drops}, weight decay {config.weight_decay:g}")  # fmt: skip
-    print(f"hardware  {hardware['device_used']}, {hardware['processor']}, {config.precision}, "
-          f"{kernels}, PyTorch {torch.__version__}")  # fmt: skip
+    print(
+        f"training  {config.epochs} epochs, batch size {config.batch_size}, learning rate "
+        f"{config.lr:g}, x {config.gamma:g} after epochs {drops}, "
+        f"weight decay {config.weight_decay:g}"
+    )
+    print(
+        f"hardware  {hardware['device_used']}, {hardware['processor']}, {config.precision}, "
+        f"{kernels}, PyTorch {torch.__version__}"
+    )
     print(f"folder    {config.output_dir}")
-    held_out = set(loaders[1].labels.tolist()) if loaders[1] else range(len(classes))
-    if small := [name for label, name in enumerate(classes) if label not in held_out]:
-        print(f"note: too few images to hold any out of {', '.join(small)}")
-    if "hardware" in saved:
-        print(f"resuming after epoch {saved['epoch']}")
-        if changed := saved["hardware"].items() - hardware.items():
-            before = ", ".join(f"{key} {value}" for key, value in changed)
-            print(f"note: not bit for bit as without the stop, which was with {before}")
+    if val_size:
+        held_out = set(loaders[1].labels.tolist())
+        small = [name for label, name in enumerate(classes) if label not in held_out]
+        if small:
+            print(f"note: too few images to hold any out of {', '.join(small[:5])}")
 
 
-def print_epoch(history: list[dict], epochs: int, is_best: bool, header: bool) -> None:
-    """Print the line of the last epoch, `*` if it is the best so far; with the header if first."""
-    row = history[-1]
-    left = timedelta(seconds=round((epochs - row["epoch"]) * row["seconds"]))
-    groups = [{"epoch": f"{row['epoch']}/{epochs}", "lr": f"{row['learning_rate']:.3g}"}]
-    for part in ("train", "val"):
-        if row[f"{part}_loss"] is not None:
-            loss, accuracy = row[f"{part}_loss"], row[f"{part}_accuracy"]
-            groups.append({f"{part} loss": f"{loss:.4f}", f"{part} acc": f"{accuracy:.2f} %"})
-    speed = {"images/s": f"{row['images_per_second']:,.0f}", "seconds": f"{row['seconds']:.1f}"}
-    groups.append(speed | {"left": str(left)})
-    if header:
-        print(" | ".join("".join(f"{name:>10}" for name in group) for group in groups))
-    elif row["learning_rate"] != history[-2]["learning_rate"]:
+def print_resumed(run: dict[str, Any], hardware: dict[str, Any]) -> None:
+    """Print where a run continues, and what is no longer as it was."""
+    print(f"resuming after epoch {run['epoch']}")
+    changed = []
+    for key, value in run["hardware"].items():
+        if hardware.get(key) != value:
+            changed.append(f"{key} {value}")
+    if changed:
+        before = ", ".join(changed)
+        print(f"note: not bit for bit as without the stop, which was with {before}")
+
+
+def print_cells(groups: list[list[str]], end: str = "") -> None:
+    """Print a line of the epoch table: cells of ten columns, a bar between their groups."""
+    parts = []
+    for cells in groups:
+        parts.append("".join(f"{cell:>10}" for cell in cells))
+    print(" | ".join(parts) + end, flush=True)
+
+
+def print_header(row: dict[str, Any]) -> None:
+    """Print the names of what `print_epoch` prints."""
+    groups = [["epoch", "lr"], ["train loss", "train acc"]]
+    if row["val_loss"] is not None:
+        groups.append(["val loss", "val acc"])
+    groups.append(["images/s", "seconds", "left"])
+    print_cells(groups)
+
+
+def print_epoch(run: dict[str, Any]) -> None:
+    """Print the line of the last epoch, with `*` if it is the best so far by validation."""
+    row = run["history"][-1]
+    epoch = row["epoch"]
+    epochs = run["config"]["epochs"]
+    left = timedelta(seconds=round((epochs - epoch) * row["seconds"]))
+    groups = [
+        [f"{epoch}/{epochs}", f"{row['learning_rate']:.3g}"],
+        [f"{row['train_loss']:.4f}", f"{row['train_accuracy']:.2f} %"],
+    ]
+    mark = ""
+    if row["val_loss"] is not None:
+        groups.append([f"{row['val_loss']:.4f}", f"{row['val_accuracy']:.2f} %"])
+        mark = " *" if run["best_epoch"] == epoch else ""
+    groups.append([f"{row['images_per_second']:,.0f}", f"{row['seconds']:.1f}", str(left)])
+    if epoch > 1 and row["learning_rate"] != run["history"][-2]["learning_rate"]:
         print(f"{'':>8}the learning rate is now {row['learning_rate']:g}".ljust(80))
-    line = " | ".join("".join(f"{cell:>10}" for cell in group.values()) for group in groups)
-    print(line + (" *" if is_best and row["val_loss"] is not None else ""), flush=True)
+    print_cells(groups, mark)
 
 
 # ---- Evaluation and report -----------------------------------------------------------------------
@@ -762,9 +853,13 @@ def predict(
     """Log-probabilities (N, classes), of the mean probability over the views; and labels (N,)."""
     device = torch.device(device or next(model.parameters()).device)
     model.eval()
+    passes = [dataloader]
+    if views:
+        passes = [dataloader.view(*view) for view in views]
     by_view = []
-    for batches in [dataloader.view(*view) for view in views] if views else [dataloader]:
-        outputs, labels = [], []
+    for batches in passes:
+        outputs = []
+        labels = []
         for images, batch_labels in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(images.to(device))
@@ -868,17 +963,22 @@ def print_test(title: str, metrics: dict[str, Any]) -> None:
 
 
 def report(
-    config: Config, run: dict[str, Any], facts: dict[str, Any],
-    loaders: tuple[CifarLoader | None, ...], model: nn.Module,
-) -> dict[str, Any]:  # fmt: skip
+    config: Config, run: dict[str, Any], loaders: tuple[CifarLoader | None, ...], model: nn.Module
+) -> dict[str, Any]:
     """Test the last and the best epoch, this once; write summary.json and the plots.
 
     With `no_test` nothing is tested; the plots show validation or training images.
     """
-    folder, history, best_epoch = Path(config.output_dir), run["history"], run["best_epoch"]
+    folder = Path(config.output_dir)
+    history = run["history"]
+    last = history[-1]
+    best = history[run["best_epoch"] - 1]
     train_loader, val_loader, test_loader = loaders
-    loader = test_loader if not config.no_test else val_loader or train_loader
-    summary = asdict(config) | facts | {
+    summary = {
+        **asdict(config),
+        **run["hardware"],
+        "command": run["command"],
+        "setup_seconds": run["setup_seconds"],
         "data_digest": run["data"],
         "norm": config.norm if config.model in WITH_LRN else "none",
         "train_images": len(train_loader.labels),
@@ -886,35 +986,38 @@ def report(
         "numpy_version": np.__version__,
         "python_version": platform.python_version(),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "best_epoch": best_epoch,
-        "best_val_accuracy": history[best_epoch - 1]["val_accuracy"],
-        "best_val_loss": history[best_epoch - 1]["val_loss"],
-        "last_val_accuracy": history[-1]["val_accuracy"],
+        "best_epoch": best["epoch"],
+        "best_val_accuracy": best["val_accuracy"],
+        "best_val_loss": best["val_loss"],
+        "last_val_accuracy": last["val_accuracy"],
         "images_per_second": statistics.median(row["images_per_second"] for row in history),
         "training_seconds": sum(row["seconds"] for row in history),
-    }  # fmt: skip
+    }
     if config.no_test:
-        which = "validation images" if val_loader else "training images"
+        shown = val_loader or train_loader
+        what = "validation images" if val_loader else "training images"
         model.load_state_dict(run["best_model"])
-        evaluation = evaluate_model(model, loader, precision=config.precision, views=[CENTER])
+        evaluation = evaluate_model(model, shown, precision=config.precision, views=[CENTER])
     else:
-        last_error = 100 - evaluate_model(model, loader, precision=config.precision).top1
+        shown = test_loader
+        last_evaluation = evaluate_model(model, test_loader, precision=config.precision)
         model.load_state_dict(run["best_model"])
-        what = f"the {'best' if val_loader else 'last'} epoch ({best_epoch}), {config.dataset}"
         metrics, evaluation = compute_test_metrics(
-            model, loader, config.precision, VIEWS[config.augment]
+            model, test_loader, config.precision, VIEWS[config.augment]
         )
-        summary |= metrics | {"last_test_error": last_error}
-        which = f"test accuracy {evaluation.top1:.2f} %"
-        print_test(what, summary)
+        summary.update(metrics, last_test_error=100 - last_evaluation.top1)
+        what = f"test accuracy {evaluation.top1:.2f} %"
+        which = "best" if val_loader else "last"
+        print_test(f"the {which} epoch ({best['epoch']}), {config.dataset}", summary)
         print(f"the number to report: test error {metrics['test_error']:.2f} %, one view")
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
-    title = f"{run_title(config)}: {which}"
-    save_plot(folder / "curves.png", title, plot_results, history, best_epoch)
-    save_plot(folder / "predictions.png", title, plot_predictions, loader, evaluation)
-    save_plot(folder / "confusion.png", title, plot_confusion_matrix, loader, evaluation)
+    title = f"{run_title(config)}: {what}"
+    save_plot(folder / "curves.png", title, plot_results, history, best["epoch"])
+    save_plot(folder / "predictions.png", title, plot_predictions, shown, evaluation)
+    save_plot(folder / "confusion.png", title, plot_confusion_matrix, shown, evaluation)
     save_plot(folder / "filters.png", title, plot_filters, model)
-    print(f"wrote {folder}: last.pt, best.pt, metrics.csv, summary.json, {', '.join(PLOTS)}")
+    written = [name for name in RUN_FILES if (folder / name).exists()]
+    print(f"wrote {folder}: {', '.join(written)}")
     command = command_of({"checkpoint": (folder / "best.pt").as_posix()})
     print(f"to classify a picture: {command} --image FILE")
     return summary
@@ -926,31 +1029,54 @@ def train_seeds(config: Config, passed: dict[str, Any]) -> None:
     With `resume`, a seed that was started continues, and a finished one is only tested again.
     """
     folder = run_folder(config)
-    if config.resume is None and (folder / "seed0").exists():
-        raise UserError(f"{folder} holds runs: --resume continues them", 2)
-    settings = {name: v for name, v in asdict(config).items() if name not in RESUMABLE}
+    if config.resume is None:
+        for name in ["seeds.json", *(f"seed{seed}" for seed in range(config.seeds))]:
+            if (folder / name).exists():
+                raise UserError(f"{folder} holds {name}: --resume continues its runs", 2)
+    # the seeds must agree in all of their settings
+    named = {option.name for option in fields(Config)} - RESUMABLE | passed.keys()
     summaries = []
     for seed in range(config.seeds):
         print(f"\nseed {seed} of 0 to {config.seeds - 1}")
         own: dict[str, Any] = {"seed": seed, "seeds": None, "output_dir": f"{folder}/seed{seed}"}
         own["resume"] = "" if Path(own["output_dir"], "last.pt").exists() else None
-        command = command_of(passed | own)
-        summaries.append(train(replace(config, **own), settings | passed | own, command))
-    if len({(summary["data_digest"], summary["epochs"]) for summary in summaries}) > 1:
+        command = command_of({**passed, **own})
+        summaries.append(train(replace(config, **own), named, command))
+    kinds = {(summary["data_digest"], summary["epochs"]) for summary in summaries}
+    if len(kinds) > 1:
         raise UserError("the seeds differ in their data, --val-size or --epochs: no mean of them")
     print(f"\n{config.seeds} seeds of {config.dataset}, mean ± standard deviation")
     results: dict[str, Any] = {"n": config.seeds}
     for key in ("best_val_accuracy", "test_error", "test_error_multi_view"):
         values = [summary[key] for summary in summaries if summary.get(key) is not None]
-        if values:
-            mean, std = statistics.mean(values), statistics.stdev(values) if values[1:] else 0.0
-            results[key] = {"mean": mean, "std": std, "values": values}
-            print(f"  {key.replace('_', ' '):<24} {mean:6.2f} ± {std:.2f} %   (n = {len(values)})")
+        if not values:
+            continue
+        mean = statistics.mean(values)
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        results[key] = {"mean": mean, "std": std, "values": values}
+        print(f"  {key.replace('_', ' '):<24} {mean:6.2f} ± {std:.2f} %   (n = {len(values)})")
     write_atomically(folder / "seeds.json", json.dumps(results, indent=2).encode())
     print(f"wrote {folder / 'seeds.json'}")
 
 
-# ---- Checkpoints: last.pt is the whole state of a run, best.pt the network of its best epoch -----
+# ---- The files of a run: last.pt is its whole state, best.pt the network of its best epoch -------
+
+PLOTS = ("curves.png", "predictions.png", "confusion.png", "filters.png")
+RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "summary.json", *PLOTS)
+
+# What --resume may change; everything else comes from last.pt.
+RESUMABLE = {
+    "dataset",
+    "data_dir",
+    "epochs",
+    "no_test",
+    "device",
+    "compile",
+    "output_dir",
+    "resume",
+    "tensorboard",
+    "seeds",
+}
 
 
 def run_folder(config: Config) -> Path:
@@ -961,31 +1087,45 @@ def run_folder(config: Config) -> Path:
     if config.output_dir:
         return user_path(config.output_dir)
     dataset = user_path(config.dataset).resolve().name
-    name = f"{dataset}-{config.model}-" + ("seeds" if config.seeds else f"seed{config.seed}")
+    seed = "seeds" if config.seeds else f"seed{config.seed}"
+    name = f"{dataset}-{config.model}-{seed}"
     pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
-    found = filter(None, (pattern.fullmatch(path.name) for path in Path("runs").glob("*")))
-    number = max((int(match[1] or 1) for match in found), default=0)
+    number = 0
+    for path in Path("runs").glob("*"):
+        if match := pattern.fullmatch(path.name):
+            number = max(number, int(match[1] or 1))
     if config.resume is None:
         number += 1
     return Path("runs", name if number < 2 else f"{name}-{number}")
 
 
-def open_run(config: Config, passed: dict[str, Any]) -> tuple[Path | None, Config, dict[str, Any]]:
+def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Config, dict[str, Any]]:
     """A run's folder, configuration and state: of last.pt, or those of a new run.
 
-    A new run has no folder yet (None), unless its flags name it.
+    A new run has no folder yet (None), unless its flags name it; there it replaces no file.
     """
-    new = {"asked": asdict(config), "epoch": 0, "history": [], "best_epoch": 0, "best_model": None}
+    new = {
+        "asked": asdict(config),
+        "epoch": 0,
+        "history": [],
+        "best_epoch": 0,
+        "best_model": None,
+    }
     if config.resume is None and not config.output_dir:
         return None, config, new
     folder = run_folder(config)
-    last = user_path(config.resume) if config.resume else folder / "last.pt"
-    last = last / "last.pt" if last.is_dir() else last
+    last = folder / "last.pt"
+    if config.resume:
+        last = user_path(config.resume)
+        if last.is_dir():
+            last = last / "last.pt"
     if config.resume or (config.resume == "" and last.exists()):
         run = load_checkpoint(last, "--resume")
-        return last.parent, merge(config, passed, run, last), run
-    if last.exists() or (folder / "best.pt").exists():
-        raise UserError(f"{folder} holds a run: --resume it, or choose another --output-dir", 2)
+        return last.parent, merge(config, named, run, last), run
+    present = [name for name in RUN_FILES if (folder / name).exists()]
+    if present:
+        ways = "--resume continues a run, another --output-dir begins one"
+        raise UserError(f"{folder} holds {', '.join(present)}: {ways}", 2)
     if config.resume == "":
         print(f"note: nothing to resume in {folder}, starting at the first epoch")
     return folder, config, new
@@ -1005,63 +1145,81 @@ def make_folder(folder: Path | None, config: Config) -> Path:
     return folder
 
 
-# What --resume may change; everything else comes from last.pt.
-RESUMABLE = {"dataset", "data_dir", "epochs", "no_test", "device", "compile", "output_dir"}
-RESUMABLE |= {"resume", "tensorboard", "seeds"}
+def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Path) -> Config:
+    """The configuration to continue with: that of last.pt, with the named settings of RESUMABLE.
 
-
-def merge(config: Config, passed: dict[str, Any], saved: dict[str, Any], path: Path) -> Config:
-    """The configuration to continue with: that of last.pt, overlaid with passed flags (RESUMABLE).
-
-    Raises UserError for another flag that contradicts it, and for fewer epochs than are done.
+    Raises UserError for another named one that contradicts it, and for fewer epochs than are done.
     """
-    old, asked = saved["config"], saved["asked"]  # what was chosen, and before: None, "auto", ...
+    old = run["config"]
     differ = {}
     for name, value in asdict(old).items():
-        if getattr(config, name) not in (value, asked.get(name, value)):
+        asked = run["asked"].get(name, value)  # before it was resolved: None, "auto", fractions
+        if getattr(config, name) not in (value, asked):
             differ[name] = f"{flag_name(name)} {value}"
-    named = passed.keys() | RECIPES.get(passed.get("recipe"), {}).keys()
-    wrong = {name: text for name, text in differ.items() if name in named - RESUMABLE}
-    kept = [differ[name] for name in differ if name not in named | (RESUMABLE - {"epochs"})]
-    if wrong.keys() - {"recipe"}:  # a name says no more than its settings
-        raise UserError(f"the flags contradict {path}, which has {', '.join(wrong.values())}", 2)
+    wrong = {}
+    kept = []
+    for name, as_saved in differ.items():
+        if name in named and name not in RESUMABLE:
+            wrong[name] = as_saved
+        elif name not in named and (name == "epochs" or name not in RESUMABLE):
+            kept.append(as_saved)
+    if wrong.keys() - {"recipe"}:  # a name, which says no more than its settings
+        listed = ", ".join(wrong.values())
+        raise UserError(f"the flags contradict {path}, which has {listed}", 2)
     if kept:
         print(f"note: as in {path}, and not as in Config: {', '.join(kept)}")
-    free = (RESUMABLE & passed.keys()) | {"no_test"}
-    merged = replace(old, **{name: getattr(config, name) for name in free})
+    merged = replace(old, no_test=config.no_test)
+    for name in RESUMABLE.intersection(named):
+        setattr(merged, name, getattr(config, name))
     if merged.epochs != old.epochs:
         merged.recipe = None
-    if merged.epochs < saved["epoch"]:
-        raise UserError(f"--epochs {merged.epochs}: {path} has {saved['epoch']} epochs already", 2)
+    if merged.epochs < run["epoch"]:
+        raise UserError(f"--epochs {merged.epochs}: {path} has {run['epoch']} epochs already", 2)
     return merged
 
 
 def restore(
     run: dict[str, Any], path: Path, model: nn.Module, optimizer: optim.Optimizer, scheduler: Any
 ) -> None:
+    """Put the state of a run, which is that of last.pt at `path`, into what trains."""
     with checkpoint_errors(path):
         model.load_state_dict(run["model"])
         optimizer.load_state_dict(run["optimizer"])
         scheduler.load_state_dict({"last_epoch": run["epoch"]})
 
 
-def save_run(folder: Path, run: dict[str, Any], resumed: bool = False) -> None:
-    """Write last.pt, and what follows from it: best.pt, if its epoch is new, and metrics.csv."""
+def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
+    """Write last.pt, and what follows from it: best.pt, if its epoch is new, and metrics.csv.
+
+    A run that begins, or goes on, also removes what a killed process or a shorter run has left.
+    """
     save_checkpoint(folder / "last.pt", run)
-    if run["best_model"] and (run["best_epoch"] == run["epoch"] or resumed):
-        best = {name: run[name] for name in ("config", "classes", "mean", "std")}
-        best |= {"model": run["best_model"], "epoch": run["best_epoch"]}
+    if run["best_model"] and (run["best_epoch"] == run["epoch"] or begins):
+        best = {
+            "model": run["best_model"],
+            "config": run["config"],
+            "classes": run["classes"],
+            "mean": run["mean"],
+            "std": run["std"],
+            "epoch": run["best_epoch"],
+        }
         save_checkpoint(folder / "best.pt", best)
-    write_csv(folder / "metrics.csv", run["history"])
+    try:
+        write_csv(folder / "metrics.csv", run["history"])
+    except UserError as error:  # a spreadsheet holds it open; the next epoch writes it again
+        print(f"note: {error}")
+    if begins and world()[0] == 0:
+        remove_stale_files(folder, run)
 
 
 def remove_stale_files(folder: Path, run: dict[str, Any]) -> None:
     """Remove what a killed process left, and the results of a shorter run."""
-    stale = [*folder.glob(".*.[0-9]*.tmp")]
+    for name in RUN_FILES:
+        for path in folder.glob(f".{name}.*.tmp"):  # of write_atomically
+            path.unlink(missing_ok=True)
     if run["epoch"] < run["config"]["epochs"]:
-        stale += [folder / name for name in ("summary.json", *PLOTS)]
-    for path in stale if world()[0] == 0 else ():
-        path.unlink(missing_ok=True)
+        for name in ("summary.json", *PLOTS):
+            (folder / name).unlink(missing_ok=True)
 
 
 def data_digest(*loaders: CifarLoader | None) -> str:
@@ -1129,20 +1287,26 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: Path, flag: str) -> dict[str, Any]:
-    """Load what `--resume` or `--checkpoint` takes as data, never as code, to the CPU."""
+    """Load what `--resume` or `--checkpoint` takes as data, never as code, to the CPU.
+
+    Its `config` becomes a Config. Raises UserError if the file is missing, damaged or another.
+    """
     with checkpoint_errors(path):
         with zipfile.ZipFile(path) as archive:  # torch.load ignores its checksums
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"model", "config"}:
+            raise UserError(f"{path} is no best.pt or last.pt: it was not written by this script")
         if ("optimizer" in checkpoint) != (flag == "--resume"):
             raise UserError(f"{path}: --resume takes a last.pt, --checkpoint a best.pt")
-        known = {option.name for option in fields(Config)}
         saved = {"augment": "crop-flip", **checkpoint["config"]}  # an old best.pt has none
-        config = Config(**{name: v for name, v in saved.items() if name in known})
+        known = {option.name for option in fields(Config)}
+        config = Config(**{name: saved[name] for name in saved.keys() & known})
         # an old best.pt has None
         config.milestones = resolve_milestones(config.milestones, config.epochs)
-        return checkpoint | {"config": config}
+        checkpoint["config"] = config
+        return checkpoint
 
 
 def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -1323,8 +1487,6 @@ def print_layers(config: Config) -> None:
 
 
 # ---- Plots, TensorBoard --------------------------------------------------------------------------
-
-PLOTS = ("curves.png", "predictions.png", "confusion.png", "filters.png")
 
 
 def plot_label(name: str) -> str:
@@ -2443,6 +2605,15 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, An
     return config, passed
 
 
+def named_settings(passed: dict[str, Any]) -> set[str]:
+    """The settings that flags name, by themselves or by a recipe.
+
+    A recipe's epochs are not among them: its command also continues a run that was lengthened.
+    """
+    recipe = RECIPES.get(passed.get("recipe"), {})
+    return set(passed) | (set(recipe) - {"epochs"})
+
+
 def stop(*_: Any) -> None:
     """Handle Ctrl-C and SIGTERM. torch.compile's guards may swallow the exception, not the flag."""
     stop.requested = True
@@ -2452,19 +2623,43 @@ def stop(*_: Any) -> None:
 stop.requested = False
 
 
-def set_up_process(rank: int) -> None:
-    """The streams, the signals and the memory of a process that runs the command line."""
-    if rank > 0 or sys.stdout is None:
+@contextlib.contextmanager
+def process_settings(rank: int) -> Iterator[None]:
+    """The streams, signals and environment of a command; afterwards they are as they were.
+
+    `main` may be called from Python, in a process that goes on.
+    """
+    stdout = sys.stdout
+    if rank > 0 or stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    streams = []
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # for names that the terminal cannot show
+            streams.append((stream, stream.errors, stream.line_buffering))
+            # for names that a terminal cannot show, and for who follows a log
+            stream.reconfigure(errors="replace", line_buffering=True)
+    environment = os.environ.copy()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch uses 2 MB pages: 5 % faster
+    deterministic = torch.are_deterministic_algorithms_enabled()
     stop.requested = False
+    handlers = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):  # not in the main thread
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, stop)
+                handlers[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if torch.are_deterministic_algorithms_enabled() != deterministic:
+            torch.use_deterministic_algorithms(deterministic)
+        os.environ.clear()
+        os.environ.update(environment)
+        for stream, errors, line_buffering in streams:
+            with contextlib.suppress(OSError, ValueError):  # a closed pipe, a full disk
+                stream.reconfigure(errors=errors, line_buffering=line_buffering)
+        sys.stdout = stdout
 
 
 def run_command(config: Config, passed: dict[str, Any]) -> int:
@@ -2478,7 +2673,7 @@ def run_command(config: Config, passed: dict[str, Any]) -> int:
     elif config.seeds:
         train_seeds(config, passed)
     else:
-        train(config, passed)
+        train(config, named_settings(passed), command_of(passed))
     return 0
 
 
@@ -2512,23 +2707,23 @@ def main(argv: list[str] | None = None) -> int:
     passed = {}
     with_torchrun = distributed.is_available() and distributed.is_torchelastic_launched()
     rank = int(os.environ["RANK"]) if with_torchrun else 0
-    try:
-        set_up_process(rank)
-        config, passed = parse_arguments(argv)
-        if with_torchrun and int(os.environ["WORLD_SIZE"]) > 1:
-            join_torchrun(config)
-        code = run_command(config, passed)
-        if world()[1] > 1:
-            distributed.destroy_process_group()
-        sys.stdout.flush()
-    except (KeyboardInterrupt, Exception) as error:
-        code, message = explain(error, config, passed)
-        if rank == 0 or code == 1:  # the first process speaks for all of a wrong flag
-            print(message, file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:  # a closed pipe or a full disk: Python would fail again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with process_settings(rank):
+        try:
+            config, passed = parse_arguments(argv)
+            if with_torchrun and int(os.environ["WORLD_SIZE"]) > 1:
+                join_torchrun(config)
+            code = run_command(config, passed)
+            if world()[1] > 1:
+                distributed.destroy_process_group()
+            sys.stdout.flush()
+        except (KeyboardInterrupt, Exception) as error:
+            code, message = explain(error, config, passed)
+            if rank == 0 or code == 1:  # the first process speaks for all of a wrong flag
+                print(message, file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # a closed pipe or a full disk: Python would fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 

@@ -118,7 +118,7 @@ def test_without_validation_there_are_no_columns_of_it_and_the_last_epoch_is_kep
 
 
 def test_norm_none_trains_the_network_without_lrn(ck, unvalidated, small):
-    model = ck.KrizhevskyNet(10, torch.nn.Identity)
+    model = ck.KrizhevskyNet(10, lrn=None)
     model.load_state_dict(torch.load(unvalidated[0] / "best.pt", weights_only=True)["model"])
     _, _, test = ck.get_cifar_data_loaders(dataset_name=str(small), val_size=0)
     expected = results(unvalidated[0])[0]["test_loss"]

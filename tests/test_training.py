@@ -204,8 +204,8 @@ def test_wilson_interval_has_the_known_values(ck):
     assert ck.wilson_interval(100, 20) == pytest.approx((83.887485, 100), abs=1e-4)
 
 
-@pytest.mark.parametrize(("select", "best"), [("accuracy", 3), ("loss", 2)])
-def test_best_pt_is_the_first_of_the_best_epochs_and_is_what_is_tested(
+@pytest.mark.parametrize(("select", "best"), [("accuracy", 4), ("loss", 2)])
+def test_best_pt_is_of_equal_accuracy_the_one_with_the_lower_loss_and_is_what_is_tested(
     ck, finish, small, tmp_path, monkeypatch, select, best
 ):
     validations = [(1.0, 50.0), (0.8, 40.0), (0.9, 60.0), (0.8, 60.0)]
