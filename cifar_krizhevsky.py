@@ -1197,10 +1197,12 @@ def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
 # ---- Using a trained network ---------------------------------------------------------------------
 
 
-def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+def load_trained(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a best.pt, ready for use, and its `config`, `classes`, `mean`, `std`, `epoch`.
 
-    It is the one to take to other tools: plain LRN, contiguous weights.
+    This is the network to take to other tools: its LRN is the plain formula.
     Raises UserError if the file is missing, damaged or something else.
     """
     path = user_path(path)
