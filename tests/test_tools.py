@@ -182,6 +182,19 @@ def test_every_layer_is_at_one_place_as_captums_deeplift_wants(ck, name):
     assert len(runs) == len(set(runs)) > 10
 
 
+@pytest.mark.parametrize("name", ["krizhevsky", "five-conv", "alexnet", "compact"])
+def test_a_hook_keeps_what_its_layer_gave(ck, samples, name):
+    images, _ = samples
+    model = ck.build_model(ck.Config(model=name), 10).eval()
+    seen = []
+    for layer in model.modules():
+        if not [*layer.children()]:
+            layer.register_forward_hook(lambda *call: seen.append((call[2], call[2].clone())))
+    with torch.no_grad():
+        model(images[:2])
+    assert all(torch.equal(now, then) for now, then in seen)
+
+
 # ---- torch.func and derivatives of derivatives ---------------------------------------------------
 
 
