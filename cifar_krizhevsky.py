@@ -257,24 +257,24 @@ class KrizhevskyNet(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.conv1 = nn.Conv2d(3, 96, kernel_size=3, padding=1)
-        self.relu1 = nn.ReLU(inplace=True)
+        self.relu1 = nn.ReLU()
         self.norm1 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
         self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.conv2 = nn.Conv2d(96, 96, kernel_size=3, padding=1)
-        self.relu2 = nn.ReLU(inplace=True)
+        self.relu2 = nn.ReLU()
         self.norm2 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
         self.pool2 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.conv3 = nn.Conv2d(96, 192, kernel_size=3, padding=1)
-        self.relu3 = nn.ReLU(inplace=True)
+        self.relu3 = nn.ReLU()
         self.pool3 = nn.MaxPool2d(kernel_size=3, stride=2)
 
         self.fc1 = nn.Linear(192 * 3 * 3, 256)
-        self.relu4 = nn.ReLU(inplace=True)
+        self.relu4 = nn.ReLU()
         self.dropout1 = nn.Dropout(dropout)
         self.fc2 = nn.Linear(256, 256)
-        self.relu5 = nn.ReLU(inplace=True)
+        self.relu5 = nn.ReLU()
         self.dropout2 = nn.Dropout(dropout)
         self.fc3 = nn.Linear(256, num_classes)
 
@@ -1319,10 +1319,12 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
 # ---- Using a trained network ---------------------------------------------------------------------
 
 
-def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+def load_trained(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a best.pt, ready for use, and its `config`, `classes`, `mean`, `std`, `epoch`.
 
-    It is the one to take to other tools: plain LRN, contiguous weights.
+    This is the network to take to other tools: its LRN is the plain formula.
     Raises UserError if the file is missing, damaged or something else.
     """
     path = user_path(path)
@@ -1861,19 +1863,18 @@ class AlexNet(nn.Module):
         dropout: float = 0.5,
     ) -> None:  # fmt: skip
         super().__init__()
-        relu = functools.partial(nn.ReLU, inplace=True)
         norm1 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
         norm2 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
         self.features = nn.Sequential(
-            nn.Conv2d(3, 96, 11, stride=4), relu(), norm1, nn.MaxPool2d(3, 2),
-            nn.Conv2d(96, 256, 5, padding=2), relu(), norm2, nn.MaxPool2d(3, 2),
-            nn.Conv2d(256, 384, 3, padding=1), relu(),
-            nn.Conv2d(384, 384, 3, padding=1), relu(),
-            nn.Conv2d(384, 256, 3, padding=1), relu(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(3, 96, 11, stride=4), nn.ReLU(), norm1, nn.MaxPool2d(3, 2),
+            nn.Conv2d(96, 256, 5, padding=2), nn.ReLU(), norm2, nn.MaxPool2d(3, 2),
+            nn.Conv2d(256, 384, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(384, 384, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2),
         )  # fmt: skip
         self.classifier = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(256 * 6 * 6, 4096), relu(),
-            nn.Dropout(dropout), nn.Linear(4096, 4096), relu(),
+            nn.Dropout(dropout), nn.Linear(256 * 6 * 6, 4096), nn.ReLU(),
+            nn.Dropout(dropout), nn.Linear(4096, 4096), nn.ReLU(),
             nn.Linear(4096, num_classes),
         )  # fmt: skip
 
@@ -1894,7 +1895,7 @@ class CompactNet(nn.Module):
 
         def block(*layers: nn.Module) -> nn.Sequential:
             norm = nn.BatchNorm2d(layers[-1].out_channels)
-            return nn.Sequential(*layers, norm, nn.ReLU(inplace=True), nn.Dropout2d(dropout))
+            return nn.Sequential(*layers, norm, nn.ReLU(), nn.Dropout2d(dropout))
 
         self.stem = block(conv(3, 32))
         self.dilated1 = block(conv(32, 32, dilation=2))

@@ -135,6 +135,19 @@ def test_an_epoch_repeats_by_seed_and_number_and_no_other_is_like_it(ck):
     assert (back[0] == back[1]).flatten(1).all(1).float().mean() < 0.05
 
 
+def test_each_iteration_is_the_next_epoch_unless_one_is_chosen(ck):
+    def loader():
+        return ck.CifarLoader(random_images(50), torch.arange(50), CLASSES, *PLAIN, augment=True)
+
+    chosen = [epoch_of(loader(), epoch) for epoch in (1, 2, 3)]
+    mine = loader()
+    for _ in range(2):
+        for images, labels in chosen:
+            ((found, of_found),) = mine  # one batch
+            assert torch.equal(found, images) and torch.equal(of_found, labels)
+        mine.set_epoch(1)
+
+
 def test_evaluation_batches_equal_torchvisions(ck, real, cifar10_dir):
     data = real("cifar10")
     to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
