@@ -103,6 +103,7 @@ class Config:
     dropout: float | None   = flag(None, "dropout (default: 0; five-conv, alexnet 0.5; compact 0.03)", ">= 0", "< 1")
     # training: SGD with momentum; the learning rate is multiplied by gamma at each milestone
     recipe: str | None      = flag(None, "named hyperparameters; other flags override them")  # in RECIPES
+    init_from: str | None   = flag(None, "a best.pt whose network and weights to start from")
     epochs: int             = flag(200, "passes over the training images", ">= 1")
     batch_size: int         = flag(128, "images per step", ">= 1")
     lr: float               = flag(0.01, "initial learning rate", "> 0")
@@ -151,6 +152,9 @@ RECIPES = {  # test error on CIFAR-10, one view
     "best": {  # 9.8 %
         **BASE, "epochs": 200, "lr": 0.05,
         "milestones": [0.45, 0.75, 0.925], "dropout": 0.3, "label_smoothing": 0.1, "val_size": 0,
+    },
+    "few": {  # for --init-from with some hundred pictures of one's own
+        **BASE, "epochs": 60, "batch_size": 32, "lr": 0.01, "milestones": [0.6, 0.85], "gamma": 0.2,
     },
     # Krizhevsky's own of 2012, named after the errors that he published
     "80sec": {
@@ -446,12 +450,14 @@ def get_cifar_data_loaders(
     batch_size: int = 128, dataset_name: str = "cifar10", data_dir: str | Path = "data",
     val_size: int | None = None, seed: int = 0, device: torch.device | str = "cpu",
     inputs: str = "standardized", augment: str = "crop-flip", crop_size: int = 32,
+    statistics: tuple[Any, Any] | None = None,
 ) -> tuple[CifarLoader, CifarLoader | None, CifarLoader]:  # fmt: skip
     """Load a data set (see `read_dataset`) and return its training, validation and test loader.
 
     `val_size` training images are held out, by default a tenth; with 0 the validation loader is
     None. `seed` is that of order and augmentation, not of the split. `inputs` and `augment` are as
-    in `Config`; `crop_size` is what the network takes (`input_size`).
+    in `Config`; `crop_size` is what the network takes (`input_size`). `statistics` are the mean and
+    std of a trained network, instead of those of the data.
     Raises UserError if there is no such data, or val_size takes a class its last training image.
     """
     data = read_dataset(dataset_name, data_dir)
@@ -463,6 +469,8 @@ def get_cifar_data_loaders(
         border = (data.images.size(-1) - crop_size) // 2
         inside = slice(border, border + crop_size)  # its center, wherever the crop is
         mean = data.images.double().mean(0)[:, inside, inside].float() / 255
+    if statistics:
+        mean, std = statistics
     make_loader = functools.partial(
         CifarLoader, classes=data.classes, mean=mean, std=std, seed=seed, device=device,
         crop_size=crop_size,
@@ -580,11 +588,13 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         torch.use_deterministic_algorithms(True)
     loaders = get_cifar_data_loaders(
         config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device,
-        config.inputs, config.augment, input_size(MODELS[config.model]),
+        config.inputs, config.augment, input_size(MODELS[config.model]), run.get("statistics"),
     )  # fmt: skip
     train_loader, val_loader, _ = loaders
     tune_glibc_malloc()
     model = build_model(config, len(train_loader.classes))
+    if "initial_weights" in run:
+        copy_weights(run.pop("initial_weights"), model, config.init_from)
     model = model.to(device, memory_format=memory_format(device))
     model, train_model, hardware = accelerate(model, config, device, precision, train_loader)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
@@ -621,8 +631,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         hardware=hardware,
         command=command,
         classes=train_loader.classes,
-        mean=train_loader.mean,
-        std=train_loader.std,
+        statistics=(train_loader.mean, train_loader.std),
         model=cpu_state_dict(model),
         optimizer=optimizer.state_dict(),
         setup_seconds=time.perf_counter() - started,
@@ -1079,6 +1088,18 @@ RESUMABLE = {
 }
 
 
+NETWORK = ("model", "norm", "lrn_size", "lrn_alpha", "lrn_beta", "lrn_k", "dropout", "inputs")
+
+
+def network_settings(path: str | Path) -> dict[str, Any]:
+    """The settings of the network in a best.pt: `Config(**network_settings(path), init_from=path)`.
+
+    Raises UserError if the file is missing, damaged or something else.
+    """
+    trained = load_checkpoint(user_path(path), "--checkpoint")["config"]
+    return {name: getattr(trained, name) for name in NETWORK}
+
+
 def run_folder(config: Config) -> Path:
     """--output-dir, or runs/DATASET-MODEL-seedK, ...-2, ...-3: the next, or the newest to resume.
 
@@ -1104,15 +1125,8 @@ def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Confi
 
     A new run has no folder yet (None), unless its flags name it; there it replaces no file.
     """
-    new = {
-        "asked": asdict(config),
-        "epoch": 0,
-        "history": [],
-        "best_epoch": 0,
-        "best_model": None,
-    }
     if config.resume is None and not config.output_dir:
-        return None, config, new
+        return None, config, new_run(config)
     folder = run_folder(config)
     last = folder / "last.pt"
     if config.resume:
@@ -1128,7 +1142,28 @@ def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Confi
         raise UserError(f"{folder} holds {', '.join(present)}: {ways}", 2)
     if config.resume == "":
         print(f"note: nothing to resume in {folder}, starting at the first epoch")
-    return folder, config, new
+    return folder, config, new_run(config)
+
+
+def new_run(config: Config) -> dict[str, Any]:
+    """The state of a run before its first epoch; with `init_from` that of a trained network."""
+    run = {
+        "asked": asdict(config),
+        "epoch": 0,
+        "history": [],
+        "best_epoch": 0,
+        "best_model": None,
+    }
+    if config.init_from:
+        trained = load_checkpoint(user_path(config.init_from), "--checkpoint")
+        run["initial_weights"] = trained["model"]
+        if trained["config"].inputs == config.inputs:
+            run["statistics"] = (trained["mean"], trained["std"])
+        for name in NETWORK:
+            value = getattr(trained["config"], name)
+            if getattr(config, name) != value:
+                print(f"note: {config.init_from} has {flag_name(name)} {value}")
+    return run
 
 
 def make_folder(folder: Path | None, config: Config) -> Path:
@@ -1178,6 +1213,24 @@ def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Pat
     return merged
 
 
+def copy_weights(weights: dict[str, Tensor], model: nn.Module, path: str) -> None:
+    """Copy the weights that fit by name and shape, and print which are new.
+
+    Raises UserError if none fits.
+    """
+    own = model.state_dict()
+    new = []
+    for name in own:
+        if name in weights and weights[name].shape == own[name].shape:
+            own[name] = weights[name]
+        else:
+            new.append(name)
+    if len(new) == len(own):
+        raise UserError(f"--init-from {path}: none of its weights fits this network", 2)
+    model.load_state_dict(own)
+    print(f"weights   from {path}, but new: {', '.join(new) or 'none'}")
+
+
 def restore(
     run: dict[str, Any], path: Path, model: nn.Module, optimizer: optim.Optimizer, scheduler: Any
 ) -> None:
@@ -1199,8 +1252,8 @@ def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
             "model": run["best_model"],
             "config": run["config"],
             "classes": run["classes"],
-            "mean": run["mean"],
-            "std": run["std"],
+            "mean": run["statistics"][0],
+            "std": run["statistics"][1],
             "epoch": run["best_epoch"],
         }
         save_checkpoint(folder / "best.pt", best)
@@ -2599,10 +2652,15 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, An
         words.append(name + equals + value)
     passed = vars(make_parser().parse_args(words))
     recipe = RECIPES.get(passed.get("recipe", Config().recipe), {})
-    config = replace(Config(**recipe), **passed)
+    network = {}
+    if "init_from" in passed and "resume" not in passed:
+        network = network_settings(passed["init_from"])
+    settings = {**recipe, **network, **passed}
+    config = replace(Config(), **settings)
     check(config, passed)
-    if recipe.keys() & passed.keys():
-        config.recipe = None  # it is another one now
+    for name, value in recipe.items():
+        if name in passed or settings[name] != value:
+            config.recipe = None  # it is another one now
     return config, passed
 
 
@@ -2611,8 +2669,10 @@ def named_settings(passed: dict[str, Any]) -> set[str]:
 
     A recipe's epochs are not among them: its command also continues a run that was lengthened.
     """
-    recipe = RECIPES.get(passed.get("recipe"), {})
-    return set(passed) | (set(recipe) - {"epochs"})
+    by_recipe = set(RECIPES.get(passed.get("recipe"), {})) - {"epochs"}
+    if "init_from" in passed:
+        by_recipe -= set(NETWORK)  # the trained network names them
+    return set(passed) | by_recipe
 
 
 def stop(*_: Any) -> None:

@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""What `--init-from` is worth with few pictures: CIFAR-10 with some of its pictures, by a network trained on CIFAR-100.
+
+    python tests/few_pictures.py --search      # learning rates, by validation accuracy alone: results/few-search.json
+    python tests/few_pictures.py               # 10, 50 and 100 pictures a class: results/few-pictures.json
+
+The pictures are drawn anew for every seed, a tenth of them is held out to choose the epoch. `--recipe few` with and without
+`--init-from results/cifar100-best/best.pt`; the test is on all 10,000 test images. One process, the runs one after another.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cifar_krizhevsky as ck  # noqa: E402
+
+SOURCE = ROOT / "results" / "cifar100-best" / "best.pt"
+
+
+def draw(whole: ck.Dataset, per_class: int, seed: int) -> ck.Dataset:
+    """The data set with some training pictures of each class, drawn at random."""
+    generator = np.random.RandomState(seed)
+    chosen = []
+    for label in range(len(whole.classes)):
+        of_class = (whole.labels == label).nonzero().flatten().numpy()
+        chosen.append(generator.permutation(of_class)[:per_class])
+    index = torch.from_numpy(np.concatenate(chosen))
+    return whole._replace(images=whole.images[index], labels=whole.labels[index])
+
+
+def run(data: ck.Dataset, source: Path | None, seed: int, **settings: object) -> dict:
+    """What summary.json holds of one run on these pictures."""
+    ck.read_dataset = lambda name, data_dir="data": data
+    network = {"init_from": str(source), **ck.network_settings(source)} if source else {}
+    with tempfile.TemporaryDirectory() as folder:
+        values = {**ck.RECIPES["few"], **network, **settings, "seed": seed, "output_dir": folder}
+        return ck.train(ck.Config(**values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data-dir", default=str(ROOT / "data"))
+    parser.add_argument("--search", action="store_true", help="learning rates, without a test")
+    parser.add_argument("--seeds", type=int, default=5)
+    args = parser.parse_args()
+    whole = ck.read_dataset("cifar10", args.data_dir)
+    rows = []
+    if args.search:  # on other pictures than the final ones
+        for rate in (0.003, 0.01, 0.03):
+            for source in (None, SOURCE):
+                for seed in range(100, 100 + args.seeds):
+                    data = draw(whole, 50, seed)
+                    summary = run(data, source, seed, lr=rate, no_test=True)
+                    row = {"per_class": 50, "init": bool(source), "lr": rate, "seed": seed}
+                    row["val_accuracy"] = summary["best_val_accuracy"]
+                    row["last_val_accuracy"] = summary["last_val_accuracy"]
+                    rows.append(row)
+                    print(row, file=sys.stderr)
+        name = "few-search.json"
+    else:
+        for per_class in (10, 50, 100):
+            for seed in range(args.seeds):
+                data = draw(whole, per_class, seed)
+                for source in (None, SOURCE):
+                    summary = run(data, source, seed)
+                    row = {"per_class": per_class, "init": bool(source), "seed": seed}
+                    for key in ("test_error", "test_error_multi_view", "best_val_accuracy"):
+                        row[key] = summary[key]
+                    row["training_seconds"] = summary["training_seconds"]
+                    rows.append(row)
+                    print(row, file=sys.stderr)
+        name = "few-pictures.json"
+    key = "val_accuracy" if args.search else "test_error"
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["per_class"], row["init"], row.get("lr")), []).append(row[key])
+    for (per_class, init, rate), values in groups.items():
+        mean, std = statistics.mean(values), statistics.stdev(values) if values[1:] else 0.0
+        how = "--init-from" if init else "from scratch"
+        print(
+            f"{per_class} a class, {how}, lr {rate or 'of the recipe'}: {key} {mean:.2f} ± {std:.2f}, n = {len(values)}"
+        )
+    versions = {"torch_version": str(torch.__version__), "processor": summary["processor"]}
+    (ROOT / "results" / name).write_text(json.dumps({**versions, "runs": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

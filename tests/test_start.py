@@ -1,0 +1,218 @@
+"""How a run begins: in a folder of one's own, from trained weights, from Python, and what its log says at once."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, call, one_line_error, quick_flags, run, start
+
+PUBLISHED = ROOT / "results" / "cifar100-best" / "best.pt"
+OWN_FILES = (
+    "summary.json",
+    "metrics.csv",
+    "confusion.png",
+    ".draft.12.tmp",
+    ".summary.json.draft.tmp",
+)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- A folder with files of one's own ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_folder_with_files_that_a_run_would_write_is_refused_untouched(small, tmp_path, resume):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in OWN_FILES:
+        (mine / name).write_text(f"my {name}")
+    before = contents(mine)
+    message = one_line_error(
+        call(*quick_flags(small), "--output-dir", "mine", *resume, cwd=tmp_path), 2
+    )
+    assert "mine" in message and "metrics.csv" in message and "--output-dir" in message
+    assert contents(mine) == before
+    for name in ("summary.json", "metrics.csv", "confusion.png"):
+        (mine / name).unlink()
+        if contents(mine).keys() & {"summary.json", "metrics.csv", "confusion.png"}:
+            one_line_error(
+                call(*quick_flags(small), "--output-dir", "mine", *resume, cwd=tmp_path), 2
+            )
+
+
+def test_other_files_in_the_folder_of_a_run_stay_and_its_own_log_is_no_reason(small, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("notes.txt", ".draft.12.tmp"):
+        (mine / name).write_text(f"my {name}")
+    with open(mine / "log.txt", "w") as log:  # as a shell makes it
+        result = run(*quick_flags(small), "--output-dir", "mine", cwd=tmp_path, stdout=log)
+    assert result.code == 0, result.err
+    assert call(*quick_flags(small), "--output-dir", "mine", "--resume", cwd=tmp_path).code == 0
+    assert (mine / "notes.txt").read_text() == "my notes.txt"
+    assert (mine / ".draft.12.tmp").read_text() == "my .draft.12.tmp"
+    assert "2/2" in (mine / "log.txt").read_text()
+
+
+def test_a_folder_of_seeds_is_refused_where_one_of_them_is(small, tmp_path):
+    (tmp_path / "many" / "seed1").mkdir(parents=True)
+    flags = [*quick_flags(small), "--seeds", 2, "--output-dir", "many"]
+    assert "seed1" in one_line_error(call(*flags, cwd=tmp_path), 2)
+    assert not (tmp_path / "many" / "seed0").exists()
+
+
+def test_metrics_that_another_program_holds_open_are_a_note_and_written_later(trained, monkeypatch):
+    replace = os.replace
+    held = iter([True, False, False])  # when the run goes on, and after epochs 3 and 4
+
+    def held_at_first(source, target):
+        if Path(target).name == "metrics.csv" and next(held):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", held_at_first)
+    result = call("--resume", "last.pt", "--epochs", 4, cwd=trained)
+    assert result.code == 0, result.err
+    assert "note: cannot write" in result.out and "metrics.csv" in result.out
+    assert len((trained / "metrics.csv").read_text().splitlines()) == 5
+
+
+# ---- From Python ---------------------------------------------------------------------------------
+
+
+def test_a_recipe_by_name_alone_is_refused_in_python_with_the_way(ck, tmp_path):
+    for config in (
+        ck.Config(recipe="quick", epochs=1),
+        ck.Config(recipe="quick"),
+        ck.Config(recipe="fast"),
+    ):
+        with pytest.raises(ck.UserError, match="is only a name") as refused:
+            ck.train(config)
+        assert "RECIPES[" in str(refused.value)
+
+
+def test_a_recipe_with_its_settings_trains_in_python(ck, small, tmp_path):
+    settings = {**ck.RECIPES["quick"], "epochs": 1, "dataset": str(small), "compile": "off"}
+    summary = ck.train(ck.Config(**settings, output_dir=str(tmp_path / "run"), no_test=True))
+    assert summary["recipe"] is None and summary["batch_size"] == 32 and summary["epochs"] == 1
+
+
+def test_main_leaves_the_process_as_it_was(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    environment = dict(os.environ)
+    errors = sys.stderr.errors
+    result = call(*quick_flags(small), "--deterministic", "--output-dir", "run", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert dict(os.environ) == environment
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert sys.stderr.errors == errors
+
+
+# ---- What is said --------------------------------------------------------------------------------
+
+
+def test_a_log_has_its_first_lines_before_the_first_epoch_ends(small, tmp_path):
+    (tmp_path / "endless.py").write_text(
+        f"import sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import cifar_krizhevsky as ck\n"
+        f"ck.train_one_epoch = lambda *args, **options: time.sleep(600)\n"
+        f"ck.main(sys.argv[1:])\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "endless.py", *map(str, quick_flags(small))]
+    log = tmp_path / "log.txt"
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=file, env=environment)
+    deadline = time.monotonic() + 120
+    while "folder    runs" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert "folder    runs" in log.read_text()
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--checkpoint"])
+def test_a_checkpoint_of_another_program_is_called_that(ck, tmp_path, flag):
+    weights = ck.KrizhevskyNet().state_dict()
+    for number, other in enumerate(({"net": weights}, {"state_dict": weights}, weights, [1, 2])):
+        torch.save(other, tmp_path / f"{number}.pt")
+        words = [flag, f"{number}.pt", *(["--evaluate"] if flag == "--checkpoint" else [])]
+        message = one_line_error(call(*words, cwd=tmp_path), 1)
+        assert f"{number}.pt is no best.pt or last.pt" in message
+
+
+# ---- From trained weights ------------------------------------------------------------------------
+
+
+def test_init_from_takes_over_the_network_and_copies_what_fits(ck, small, tmp_path):
+    flags = [*quick_flags(small), "--init-from", PUBLISHED, "--epochs", 1, "--lr", 1e-9]
+    result = call(*flags, "--output-dir", "run", "--no-test", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert f"weights   from {PUBLISHED}, but new: fc3.weight, fc3.bias" in result.out
+    source = torch.load(PUBLISHED, weights_only=True)
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    for name in ck.NETWORK:
+        assert best["config"][name] == source["config"][name], name
+    assert best["mean"] == source["mean"] and best["std"] == source["std"]
+    for name, value in best["model"].items():
+        if name.startswith("fc3"):
+            assert len(value) == 10
+        else:
+            torch.testing.assert_close(value, source["model"][name], atol=1e-6, rtol=1e-4)
+
+
+def test_a_passed_flag_wins_over_the_trained_network_with_a_note_and_a_recipe_does_not(
+    small, tmp_path
+):
+    flags = [*quick_flags(small), "--init-from", PUBLISHED, "--no-test", "--output-dir", "run"]
+    result = call(*flags, "--recipe", "quick", "--lrn-k", 3, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert f"note: {PUBLISHED} has --lrn-k 1.0" in result.out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    source = torch.load(PUBLISHED, weights_only=True)["config"]
+    assert summary["lrn_k"] == 3 and summary["lrn_alpha"] == source["lrn_alpha"]
+    assert summary["dropout"] == source["dropout"] and summary["label_smoothing"] == 0.1
+
+
+def test_a_run_from_trained_weights_is_resumed_without_their_file(small, tmp_path):
+    shutil.copy(PUBLISHED, tmp_path / "source.pt")
+    flags = [*quick_flags(small), "--init-from", "source.pt"]
+    assert call(*flags, "--output-dir", "whole", cwd=tmp_path).code == 0
+    process = start(*flags, "--output-dir", "run", cwd=tmp_path)
+    for line in process.stdout:
+        if "1/2" in line:
+            process.kill()
+            break
+    process.communicate()
+    (tmp_path / "source.pt").unlink()
+    result = call(*flags, "--output-dir", "run", "--resume", cwd=tmp_path)
+    assert result.code == 0, result.err
+    whole, resumed = (
+        torch.load(tmp_path / name / "best.pt", weights_only=True) for name in ("whole", "run")
+    )
+    for name, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][name])
+    assert whole["mean"] == resumed["mean"]
+
+
+def test_weights_of_which_none_fits_are_refused(small, tmp_path):
+    flags = [*quick_flags(small), "--init-from", PUBLISHED, "--model", "compact"]
+    message = one_line_error(call(*flags, cwd=tmp_path), 2)
+    assert "none of its weights fits" in message
+    assert not (tmp_path / "runs").exists()
+    message = one_line_error(call("--init-from", "missing.pt", cwd=tmp_path))
+    assert "missing.pt" in message
