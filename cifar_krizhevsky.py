@@ -1234,10 +1234,10 @@ def print_folder_accuracy(results: dict[Path, dict[str, float]], classes: list[s
     right = 0
     for path, probability in results.items():
         label = path.parent.name
-        best = next(iter(probability))
+        predicted = next(iter(probability))
         if label in classes:
             labeled += 1
-            right += best == label
+            right += predicted == label
     if labeled:
         print(f"{right} of {labeled} have the class that their folder is named after")
 
@@ -1312,8 +1312,8 @@ def print_layers(config: Config) -> None:
 
     print(line("layer", "type", "output", "parameters"))
     for name, layer in model.named_modules():
-        is_leaf = not any(layer.children())
-        if is_leaf and not isinstance(layer, nn.ReLU | nn.Dropout | nn.Dropout2d):
+        children = [*layer.children()]
+        if not children and not isinstance(layer, nn.ReLU | nn.Dropout | nn.Dropout2d):
             layer.register_forward_hook(functools.partial(print_layer, name))
     with torch.no_grad():
         size = input_size(model)
