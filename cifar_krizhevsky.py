@@ -421,7 +421,8 @@ def as_image(values: Any, size: int) -> Tensor:
 class Dataset(NamedTuple):
     """Images (N, 3, 32, 32) uint8 and labels (N,) int64, and what goes with them.
 
-    A folder of pictures may lack test images (None), and have validation images of its own.
+    A folder of pictures may lack test images (None), and have validation images of its own. `white`
+    is what white is in its pictures of more than 8 bits: see `read_picture`.
     """
 
     images: Tensor
@@ -433,17 +434,24 @@ class Dataset(NamedTuple):
     std: Iterable[float]
     val_images: Tensor | None = None
     val_labels: Tensor | None = None
+    white: dict[str, float] = {}
 
 
-def read_dataset(name: str, data_dir: str | Path = "data", needs_test: bool = True) -> Dataset:
-    """Load "cifar10", "cifar100", "cifar10-mini" or a folder of pictures, or raise UserError."""
+def read_dataset(
+    name: str, data_dir: str | Path = "data", needs_test: bool = True,
+    white: dict[str, float] | None = None,
+) -> Dataset:  # fmt: skip
+    """Load "cifar10", "cifar100", "cifar10-mini" or a folder of pictures, or raise UserError.
+
+    `white` is that of another data set, by default what the training pictures of this one have.
+    """
     data_dir = user_path(data_dir)
     if name == "cifar10-mini":
         return read_mini(data_dir)
     if name in CIFAR:
         return read_cifar(name, data_dir)
     if (folder := user_path(name)).is_dir():
-        return read_image_folders(folder, needs_test)
+        return read_image_folders(folder, needs_test, white)
     raise UserError(f"--dataset {name}: none of cifar10, cifar100, cifar10-mini, and no folder", 2)
 
 
@@ -592,7 +600,8 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for CUDA's matrix products
         torch.use_deterministic_algorithms(True)
-    data = read_dataset(config.dataset, config.data_dir, needs_test=not config.no_test)
+    white = run.get("white")
+    data = read_dataset(config.dataset, config.data_dir, not config.no_test, white)
     train_loader, val_loader, _ = loaders = make_loaders(
         data, config.batch_size, config.val_size, config.seed, device, config.inputs,
         config.augment, input_size(MODELS[config.model]),
@@ -624,6 +633,7 @@ def train(config: Config, passed: dict[str, Any] | None = None, command: str = "
     print_run(config, loaders, model, hardware, run)
     run |= {"config": asdict(config), "hardware": hardware}
     run |= {name: getattr(train_loader, name) for name in ("classes", "mean", "std")}
+    run["white"] = data.white
     run |= {"model": cpu_state_dict(model), "optimizer": optimizer.state_dict()}
     save_run(folder, run, resumed=True)  # a full disk is noticed now, not after an epoch
     remove_stale_files(folder, run)
@@ -1076,7 +1086,7 @@ def save_run(folder: Path, run: dict[str, Any], resumed: bool = False) -> None:
     """Write last.pt, and what follows from it: best.pt, if its epoch is new, and metrics.csv."""
     save_checkpoint(folder / "last.pt", run)
     if run["best_model"] and (run["best_epoch"] == run["epoch"] or resumed):
-        best = {name: run[name] for name in ("config", "classes", "mean", "std")}
+        best = {name: run[name] for name in ("config", "classes", "mean", "std", "white")}
         best |= {"model": run["best_model"], "epoch": run["best_epoch"]}
         save_checkpoint(folder / "best.pt", best)
     write_csv(folder / "metrics.csv", run["history"])
@@ -1169,7 +1179,7 @@ def load_checkpoint(path: Path, flag: str) -> dict[str, Any]:
         config = Config(**{name: v for name, v in saved.items() if name in known})
         # an old best.pt has None
         config.milestones = resolve_milestones(config.milestones, config.epochs)
-        return checkpoint | {"config": config}
+        return {"white": {}, **checkpoint, "config": config}  # an old file has no white
 
 
 def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -1183,7 +1193,7 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """The network in a best.pt, ready for use, and its `config`, `classes`, `mean`, `std`, `epoch`.
+    """The network in a best.pt, ready for use, and what else is in it: `classes`, `mean`, ...
 
     It is the one to take to other tools: plain LRN, contiguous weights.
     Raises UserError if the file is missing, damaged or something else.
@@ -1213,7 +1223,7 @@ class Classifier:
         speed_up_lrn(self.model, "off", self.device, self.precision)
 
     def __call__(self, picture: str | Path) -> dict[str, float]:
-        return self.classify(read_picture(picture)[None])[0]
+        return self.classify(read_picture(picture, self.trained["white"])[None])[0]
 
     def loader(self, images: Tensor, labels: Tensor) -> CifarLoader:
         """Images (N, 3, 32, 32) uint8 and labels (N,) as batches for this network."""
@@ -1275,7 +1285,7 @@ def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
     paths = [Path(path) for path in config.image or []]
     if config.image_dir:
         paths += list_pictures(user_path(config.image_dir))
-    pictures, failures = read_pictures(paths)
+    pictures, failures = read_pictures(paths, classifier.trained["white"])
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if not pictures:
@@ -1305,7 +1315,7 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     data_dir = config.data_dir
     if "data_dir" not in passed and user_path(trained.data_dir).is_dir():
         data_dir = trained.data_dir
-    data = read_dataset(trained.dataset, data_dir)
+    data = read_dataset(trained.dataset, data_dir, white=classifier.trained["white"])
     if data.classes != classifier.classes:
         raise UserError(f"{path} was trained on other classes than {trained.dataset} has", 2)
     folder = user_path(config.output_dir or path.parent)
@@ -2128,25 +2138,42 @@ def list_pictures(folder: Path) -> list[Path]:
     return pictures
 
 
-def to_8_bits(picture: Any) -> Any:
-    """A gray picture of more than 8 bits or floating-point values, scaled by the range it fits."""
+def largest_value(picture: Any) -> float:
+    """The largest value of a gray picture that is not infinite or NaN, at least 0."""
+    values = np.asarray(picture, np.float32)
+    return float(values.max(initial=0, where=np.isfinite(values)))
+
+
+def to_8_bits(picture: Any, white: float | None) -> Any:
+    """A gray picture of more than 8 bits, or of floating-point values, from 0 to white.
+
+    Without a known white it is that of the usual range which holds the values.
+    """
     from PIL import Image
 
-    gray = np.nan_to_num(np.asarray(picture, np.float32)).clip(0)
-    largest = gray.max()
-    white = next((value for value in (1, 255, 4095, 65535) if largest <= value), largest)
-    return Image.fromarray((gray * (255 / white)).round().astype(np.uint8))
+    if not white:
+        largest = largest_value(picture)
+        white = next((value for value in (1, 255, 4095, 65535) if largest <= value), largest)
+    values = np.array(picture, np.float32)
+    values[np.isnan(values)] = 0
+    values.clip(0, white, out=values)  # in place: these are large
+    values *= 255 / white
+    return Image.fromarray(values.round(out=values).astype(np.uint8))
 
 
-def read_picture(path: str | Path) -> Tensor:
-    """A picture of any size, mode and format as (3, 32, 32) uint8: scaled, its center cropped."""
+def read_picture(path: str | Path, white: dict[str, float] | None = None) -> Tensor:
+    """A picture of any size, mode and format as (3, 32, 32) uint8: scaled, its center cropped.
+
+    `white` is the value that is white in gray pictures of integers ("I") and of floating-point
+    values ("F"), for those of more than 8 bits; by default each picture's own range tells.
+    """
     from PIL import Image, ImageOps
 
     with Image.open(user_path(path)) as picture:
         picture.draft(None, (128, 128))  # decodes a large JPEG at a fraction of its size
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):
-            picture = to_8_bits(picture)
+            picture = to_8_bits(picture, (white or {}).get(picture.mode[0]))
         if "A" in picture.mode.upper() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
@@ -2172,12 +2199,35 @@ def in_threads(function: Callable[[Path], Any], paths: list[Path], title: str) -
                 print(f"{line:<79}\r", end="", flush=True)
 
 
-def read_pictures(paths: list[Path]) -> tuple[dict[Path, Tensor], list[str]]:
+def find_white(paths: list[Path]) -> dict[str, float]:
+    """The largest value in the pictures of more than 8 bits, for `read_picture`: one for all."""
+    from PIL import Image
+
+    def look(path: Path) -> tuple[str, float, bool]:
+        with contextlib.suppress(Exception), Image.open(path) as picture:  # named when it is read
+            if picture.mode.startswith(("I", "F")):
+                return picture.mode[0], largest_value(picture), (np.asarray(picture) < 0).any()
+        return "", 0, False
+
+    white = {}
+    with_negative = 0
+    for mode, largest, is_negative in in_threads(look, paths, "looking at picture"):
+        if largest > 0:
+            white[mode] = max(largest, white.get(mode, 0))
+        with_negative += is_negative
+    if with_negative:
+        print(f"note: {with_negative} pictures have values below 0, which become black as 0 does")
+    return white
+
+
+def read_pictures(
+    paths: list[Path], white: dict[str, float] | None = None
+) -> tuple[dict[Path, Tensor], list[str]]:
     """Pictures as `read_picture` gives them, and a line about each that cannot be read."""
 
     def read(path: Path) -> Tensor | str:
         try:
-            return read_picture(path)
+            return read_picture(path, white)
         except Exception as error:  # Pillow's decoders raise anything
             return f"cannot read {path} ({reason(error)})"
 
@@ -2243,7 +2293,7 @@ def find_parts(folder: Path, needs_test: bool) -> dict[str, dict[Path, str]]:
     return parts
 
 
-def read_image_folders(folder: Path, needs_test: bool) -> Dataset:
+def read_image_folders(folder: Path, needs_test: bool, white: dict[str, float] | None) -> Dataset:
     """The pictures in folder/train/CLASS, folder/test/CLASS and, if it is there, folder/val/CLASS.
 
     Raises UserError for another layout, and for pictures that cannot be read.
@@ -2254,7 +2304,9 @@ def read_image_folders(folder: Path, needs_test: bool) -> Dataset:
         raise UserError(f"--dataset {folder}: {error}; {LAYOUT}", 2) from None
     paths = [path for class_of in parts.values() for path in class_of]
     print(f"reading {len(paths):,} pictures from {folder}", flush=True)
-    pictures, broken = read_pictures(paths)
+    if white is None:
+        white = find_white([*parts["train"]])
+    pictures, broken = read_pictures(paths, white)
     if broken:
         first = "; ".join(broken[:5])
         raise UserError(f"{len(broken)} broken pictures in {folder}, to repair or remove: {first}")
@@ -2276,6 +2328,7 @@ def read_image_folders(folder: Path, needs_test: bool) -> Dataset:
         std=std,
         val_images=images["val"],
         val_labels=labels["val"],
+        white=white,
     )
 
 

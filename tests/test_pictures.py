@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import call, one_line_error
 from PIL import Image
 
@@ -122,3 +123,92 @@ def test_another_layout_is_refused_in_a_line_that_shows_the_right_one(moves, nam
             (data / old).rename(data / new)
     message = refusal(data, cwd=tmp_path)
     assert named in message and "DIR/train/CLASS/*, DIR/test/CLASS/*" in message
+
+
+# Gray of more than 8 bits
+
+
+def gray_set(folder: Path, dtype: str, tops: dict[str, float]) -> Path:
+    """A data set of gray TIFFs: ramps from 0 to a value by which alone the classes differ."""
+    chance = np.random.default_rng(0)
+    for part, count in (("train", 30), ("test", 10)):
+        for name, top in tops.items():
+            for number in range(count):
+                ramp = chance.permutation(32 * 32).reshape(32, 32) / 1023
+                write(folder / part / name / f"{number}.tif", (top * ramp).astype(dtype))
+    return folder
+
+
+def class_means(ck, folder: Path) -> list[float]:
+    data = ck.read_dataset(str(folder))
+    return [data.images[data.labels == i].double().mean().item() for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tops"),
+    [
+        ("u2", {"cold": 250, "warm": 4000}),
+        ("u2", {"cold": 5000, "warm": 60000}),
+        ("f4", {"cold": 0.9, "warm": 14.4}),
+        ("i4", {"cold": 20_000, "warm": 80_000}),
+    ],
+)
+def test_gray_of_a_data_set_has_one_white(ck, dtype, tops, tmp_path):
+    cold, warm = class_means(ck, gray_set(tmp_path / "set", dtype, tops))
+    assert warm == pytest.approx(127.5, abs=1)
+    assert cold == pytest.approx(warm * tops["cold"] / tops["warm"], abs=1)
+
+
+def test_a_network_sees_new_gray_as_it_saw_that_of_its_training(ck, tmp_path):
+    data = gray_set(tmp_path / "set", "u2", {"cold": 250, "warm": 4000})
+    shutil.rmtree(data / "test" / "warm")
+    shutil.copytree(data / "test" / "cold", data / "test" / "warm")  # all are cold: half is wrong
+    flags = ("--output-dir", "run", "--epochs", 8, "--lr", 0.02, "--batch-size", 8)
+    assert "test error 50.00 %" in train(data, *flags, cwd=tmp_path)
+    use = ("--checkpoint", "run/best.pt", "--compile", "off")
+    assert " 50.00 %" in call(*use, "--evaluate", cwd=tmp_path).out
+    result = call(*use, "--image-dir", data / "test", "--json", cwd=tmp_path)
+    rows = json.loads(result.out)
+    assert {next(iter(row["classes"])) for row in rows} == {"cold"}
+    classifier = ck.Classifier(tmp_path / "run" / "best.pt")
+    assert classifier(rows[0]["file"]) == pytest.approx(rows[0]["classes"], abs=1e-4)
+    assert "resuming" in call("--resume", "run", "--epochs", 9, cwd=tmp_path).out
+
+
+def test_a_file_that_knows_no_white_takes_each_pictures_own_range_as_before(ck, tmp_path):
+    data = gray_set(tmp_path / "set", "u2", {"cold": 250, "warm": 4000})
+    train(data, "--output-dir", "run", cwd=tmp_path)
+    path = tmp_path / "run" / "best.pt"
+    best = torch.load(path)
+    assert best.pop("white") == {"I": 4000.0}
+    torch.save(best, path)
+    cold = data / "test" / "cold" / "0.tif"
+    assert ck.read_picture(cold, {"I": 4000.0}).max() == 16
+    assert ck.read_picture(cold).max() == 250
+    classifier = ck.Classifier(path)
+    assert classifier(cold) == classifier.classify(ck.read_picture(cold)[None])[0]
+
+
+def test_pictures_of_8_bits_beside_them_stay_as_they_are(ck, tmp_path):
+    data = gray_set(tmp_path / "set", "u2", {"cold": 250, "warm": 4000})
+    pixels = np.random.default_rng(0).integers(0, 200, (32, 32), np.uint8)
+    write(data / "train" / "cold" / "8bit.png", pixels)
+    images = ck.read_dataset(str(data)).images.numpy()
+    assert any((image == pixels).all() for image in images)
+
+
+def test_what_is_not_finite_or_negative_in_a_picture_changes_no_other(ck, tmp_path):
+    data = gray_set(tmp_path / "set", "f4", {"cold": 0.5, "warm": 2.0})
+    odd = np.full((32, 32), 1.0, np.float32)
+    odd[0, :4] = (np.nan, np.inf, -np.inf, -5)
+    write(data / "train" / "cold" / "odd.tif", odd)
+    pixels = ck.read_picture(data / "train" / "cold" / "odd.tif", {"F": 2.0})[0]
+    assert pixels[0, :5].tolist() == [0, 255, 0, 0, 128]
+    out = train(data, "--output-dir", "run", cwd=tmp_path)
+    assert len(notes(out)) == 1 and "1 pictures have values below 0" in notes(out)[0]
+    assert torch.load(tmp_path / "run" / "best.pt")["white"] == {"F": 2.0}
+
+
+def test_black_pictures_of_16_bits_are_black(ck, tmp_path):
+    data = gray_set(tmp_path / "set", "u2", {"cold": 0, "warm": 0})
+    assert ck.read_dataset(str(data)).images.max() == 0
