@@ -423,26 +423,39 @@ def as_image(values: Any, size: int) -> Tensor:
 
 
 class Dataset(NamedTuple):
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64, and what goes with them."""
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64, and what goes with them.
+
+    A folder of pictures may lack test images (None), and have validation images of its own. `white`
+    is what white is in its pictures of more than 8 bits: see `read_picture`.
+    """
 
     images: Tensor
     labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
+    test_images: Tensor | None
+    test_labels: Tensor | None
     classes: list[str]
     mean: Iterable[float]
     std: Iterable[float]
+    val_images: Tensor | None = None
+    val_labels: Tensor | None = None
+    white: dict[str, float] = {}
 
 
-def read_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
-    """Load "cifar10", "cifar100", "cifar10-mini" or a folder of pictures, or raise UserError."""
+def read_dataset(
+    name: str, data_dir: str | Path = "data", needs_test: bool = True,
+    white: dict[str, float] | None = None,
+) -> Dataset:  # fmt: skip
+    """Load "cifar10", "cifar100", "cifar10-mini" or a folder of pictures, or raise UserError.
+
+    `white` is that of another data set, by default what the training pictures of this one have.
+    """
     data_dir = user_path(data_dir)
     if name == "cifar10-mini":
         return read_mini(data_dir)
     if name in CIFAR:
         return read_cifar(name, data_dir)
     if (folder := user_path(name)).is_dir():
-        return read_image_folders(folder)
+        return read_image_folders(folder, needs_test, white)
     raise UserError(f"--dataset {name}: none of cifar10, cifar100, cifar10-mini, and no folder", 2)
 
 
@@ -455,12 +468,23 @@ def get_cifar_data_loaders(
     """Load a data set (see `read_dataset`) and return its training, validation and test loader.
 
     `val_size` training images are held out, by default a tenth; with 0 the validation loader is
-    None. `seed` is that of order and augmentation, not of the split. `inputs` and `augment` are as
-    in `Config`; `crop_size` is what the network takes (`input_size`). `statistics` are the mean and
-    std of a trained network, instead of those of the data.
+    None. A folder's own validation images are taken instead. `seed` is that of order and
+    augmentation, not of the split. `inputs` and `augment` are as in `Config`; `crop_size` is what
+    the network takes (`input_size`). `statistics` are the mean and std of a trained network,
+    instead of those of the data.
     Raises UserError if there is no such data, or val_size takes a class its last training image.
     """
     data = read_dataset(dataset_name, data_dir)
+    return make_loaders(
+        data, batch_size, val_size, seed, device, inputs, augment, crop_size, statistics
+    )
+
+
+def make_loaders(
+    data: Dataset, batch_size: int, val_size: int | None, seed: int, device: torch.device | str,
+    inputs: str, augment: str, crop_size: int, statistics: tuple[Any, Any] | None = None,
+) -> tuple[CifarLoader, CifarLoader | None, CifarLoader | None]:  # fmt: skip
+    """The loaders of a data set: see `get_cifar_data_loaders`. Without test images no test loader."""
     mean = list(data.mean)
     std = list(data.std)
     if inputs != "standardized":
@@ -468,24 +492,27 @@ def get_cifar_data_loaders(
     if inputs == "mean-image":
         border = (data.images.size(-1) - crop_size) // 2
         inside = slice(border, border + crop_size)  # its center, wherever the crop is
-        mean = data.images.double().mean(0)[:, inside, inside].float() / 255
+        mean_image = data.images.sum(0, dtype=torch.int64) / (255 * len(data.images))
+        mean = mean_image[:, inside, inside].contiguous()
     if statistics:
         mean, std = statistics
     make_loader = functools.partial(
         CifarLoader, classes=data.classes, mean=mean, std=std, seed=seed, device=device,
         crop_size=crop_size,
     )  # fmt: skip
-    held_out = validation_split(data.labels, val_size)
-    kept = ~held_out
+    if data.val_labels is None:
+        data = hold_out(data, val_size)
+    elif val_size not in (None, len(data.val_labels)):
+        print(f"note: val/ is the validation set, whatever val_size says ({val_size})")
     train_loader = make_loader(
-        data.images[kept], data.labels[kept], batch_size=batch_size, shuffle=True, augment=augment
+        data.images, data.labels, batch_size=batch_size, shuffle=True, augment=augment
     )
     val_loader = None
-    if held_out.any():
-        val_loader = make_loader(
-            data.images[held_out], data.labels[held_out], batch_size=EVAL_BATCH_SIZE
-        )
-    test_loader = make_loader(data.test_images, data.test_labels, batch_size=EVAL_BATCH_SIZE)
+    if len(data.val_labels):
+        val_loader = make_loader(data.val_images, data.val_labels, batch_size=EVAL_BATCH_SIZE)
+    test_loader = None
+    if data.test_labels is not None:
+        test_loader = make_loader(data.test_images, data.test_labels, batch_size=EVAL_BATCH_SIZE)
     return train_loader, val_loader, test_loader
 
 
@@ -525,6 +552,17 @@ def validation_split(labels: Tensor, val_size: int | None = None) -> Tensor:
         of_class = order[labels[order] == label]
         mask[of_class[:share]] = True
     return mask
+
+
+def hold_out(data: Dataset, val_size: int | None) -> Dataset:
+    """The data set with these training images as its validation images: see `validation_split`."""
+    held_out = validation_split(data.labels, val_size)
+    return data._replace(
+        images=data.images[~held_out],
+        labels=data.labels[~held_out],
+        val_images=data.images[held_out],
+        val_labels=data.labels[held_out],
+    )
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -586,9 +624,10 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for CUDA's matrix products
         torch.use_deterministic_algorithms(True)
-    loaders = get_cifar_data_loaders(
-        config.batch_size, config.dataset, config.data_dir, config.val_size, config.seed, device,
-        config.inputs, config.augment, input_size(MODELS[config.model]), run.get("statistics"),
+    data = read_dataset(config.dataset, config.data_dir, not config.no_test, run.get("white"))
+    loaders = make_loaders(
+        data, config.batch_size, config.val_size, config.seed, device, config.inputs,
+        config.augment, input_size(MODELS[config.model]), run.get("statistics"),
     )  # fmt: skip
     train_loader, val_loader, _ = loaders
     tune_glibc_malloc()
@@ -631,6 +670,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         hardware=hardware,
         command=command,
         classes=train_loader.classes,
+        white=data.white,
         statistics=(train_loader.mean, train_loader.std),
         model=cpu_state_dict(model),
         optimizer=optimizer.state_dict(),
@@ -788,7 +828,7 @@ def print_run(
         held_out = set(loaders[1].labels.tolist())
         small = [name for label, name in enumerate(classes) if label not in held_out]
         if small:
-            print(f"note: too few images to hold any out of {', '.join(small[:5])}")
+            print(f"note: no validation images of {', '.join(small[:5])}")
 
 
 def print_resumed(run: dict[str, Any], hardware: dict[str, Any]) -> None:
@@ -1254,6 +1294,7 @@ def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
             "classes": run["classes"],
             "mean": run["statistics"][0],
             "std": run["statistics"][1],
+            "white": run["white"],
             "epoch": run["best_epoch"],
         }
         save_checkpoint(folder / "best.pt", best)
@@ -1358,6 +1399,7 @@ def load_checkpoint(path: Path, flag: str) -> dict[str, Any]:
         config = Config(**{name: saved[name] for name in saved.keys() & known})
         # an old best.pt has None
         config.milestones = resolve_milestones(config.milestones, config.epochs)
+        checkpoint.setdefault("white", {})  # an old one has none
         checkpoint["config"] = config
         return checkpoint
 
@@ -1375,7 +1417,7 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_trained(
     path: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network in a best.pt, ready for use, and its `config`, `classes`, `mean`, `std`, `epoch`.
+    """The network in a best.pt, ready for use, and what else is in it: `classes`, `mean`, ...
 
     This is the network to take to other tools: its LRN is the plain formula.
     Raises UserError if the file is missing, damaged or something else.
@@ -1405,7 +1447,7 @@ class Classifier:
         speed_up_lrn(self.model, "off", self.device, self.precision)
 
     def __call__(self, picture: str | Path) -> dict[str, float]:
-        return self.classify(read_picture(picture)[None])[0]
+        return self.classify(read_picture(picture, self.trained["white"])[None])[0]
 
     def loader(self, images: Tensor, labels: Tensor) -> CifarLoader:
         """Images (N, 3, 32, 32) uint8 and labels (N,) as batches for this network."""
@@ -1467,7 +1509,7 @@ def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
     paths = [Path(path) for path in config.image or []]
     if config.image_dir:
         paths += list_pictures(user_path(config.image_dir))
-    pictures, failures = read_pictures(paths)
+    pictures, failures = read_pictures(paths, classifier.trained["white"])
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if not pictures:
@@ -1497,7 +1539,7 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     data_dir = config.data_dir
     if "data_dir" not in passed and user_path(trained.data_dir).is_dir():
         data_dir = trained.data_dir
-    data = read_dataset(trained.dataset, data_dir)
+    data = read_dataset(trained.dataset, data_dir, white=classifier.trained["white"])
     if data.classes != classifier.classes:
         raise UserError(f"{path} was trained on other classes than {trained.dataset} has", 2)
     folder = user_path(config.output_dir or path.parent)
@@ -1520,7 +1562,7 @@ def print_layers(config: Config) -> None:
     known = {"cifar10": 10, "cifar10-mini": 10, "cifar100": 100}  # without their files
     num_classes = known.get(config.dataset)
     if num_classes is None:
-        num_classes = len(read_dataset(config.dataset).classes)
+        num_classes = len(read_dataset(config.dataset, needs_test=False).classes)
     model = build_model(config, num_classes).eval()
     line = "{:<14} {:<28} {:>12} {:>12}".format
 
@@ -2317,25 +2359,42 @@ def list_pictures(folder: Path) -> list[Path]:
     return pictures
 
 
-def to_8_bits(picture: Any) -> Any:
-    """A gray picture of more than 8 bits or floating-point values, scaled by the range it fits."""
+def largest_value(picture: Any) -> float:
+    """The largest value of a gray picture that is not infinite or NaN, at least 0."""
+    values = np.asarray(picture, np.float32)
+    return float(values.max(initial=0, where=np.isfinite(values)))
+
+
+def to_8_bits(picture: Any, white: float | None) -> Any:
+    """A gray picture of more than 8 bits, or of floating-point values, from 0 to white.
+
+    Without a known white it is that of the usual range which holds the values.
+    """
     from PIL import Image
 
-    gray = np.nan_to_num(np.asarray(picture, np.float32)).clip(0)
-    largest = gray.max()
-    white = next((value for value in (1, 255, 4095, 65535) if largest <= value), largest)
-    return Image.fromarray((gray * (255 / white)).round().astype(np.uint8))
+    if not white:
+        largest = largest_value(picture)
+        white = next((value for value in (1, 255, 4095, 65535) if largest <= value), largest)
+    values = np.array(picture, np.float32)
+    values[np.isnan(values)] = 0
+    values.clip(0, white, out=values)  # in place: these are large
+    values *= 255 / white
+    return Image.fromarray(values.round(out=values).astype(np.uint8))
 
 
-def read_picture(path: str | Path) -> Tensor:
-    """A picture of any size, mode and format as (3, 32, 32) uint8: scaled, its center cropped."""
+def read_picture(path: str | Path, white: dict[str, float] | None = None) -> Tensor:
+    """A picture of any size, mode and format as (3, 32, 32) uint8: scaled, its center cropped.
+
+    `white` is the value that is white in gray pictures of integers ("I") and of floating-point
+    values ("F"), for those of more than 8 bits; by default each picture's own range tells.
+    """
     from PIL import Image, ImageOps
 
     with Image.open(user_path(path)) as picture:
         picture.draft(None, (128, 128))  # decodes a large JPEG at a fraction of its size
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):
-            picture = to_8_bits(picture)
+            picture = to_8_bits(picture, (white or {}).get(picture.mode[0]))
         if "A" in picture.mode.upper() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
@@ -2345,56 +2404,152 @@ def read_picture(path: str | Path) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def read_pictures(paths: list[Path]) -> tuple[dict[Path, Tensor], list[str]]:
+def in_threads(function: Callable[[Path], Any], paths: list[Path], title: str) -> Iterator[Any]:
+    """The results of a function in the order of the paths; a terminal shows a line of progress.
+
+    Four threads, so that a few large pictures are in memory at once.
+    """
+    from multiprocessing.pool import ThreadPool
+
+    with ThreadPool(4) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number, result in enumerate(pool.imap(function, paths), start=1):
+            yield result
+            if sys.stdout.isatty() and number % 10 == 0:
+                line = "" if number + 10 > len(paths) else f"{title} {number:,}/{len(paths):,}"
+                print(f"{line:<79}\r", end="", flush=True)
+
+
+def find_white(paths: list[Path]) -> dict[str, float]:
+    """The largest value in the pictures of more than 8 bits, for `read_picture`: one for all."""
+    from PIL import Image
+
+    def look(path: Path) -> tuple[str, float, bool]:
+        with contextlib.suppress(Exception), Image.open(path) as picture:  # named when it is read
+            if picture.mode.startswith(("I", "F")):
+                return picture.mode[0], largest_value(picture), (np.asarray(picture) < 0).any()
+        return "", 0, False
+
+    white = {}
+    with_negative = 0
+    for mode, largest, is_negative in in_threads(look, paths, "looking at picture"):
+        if largest > 0:
+            white[mode] = max(largest, white.get(mode, 0))
+        with_negative += is_negative
+    if with_negative:
+        print(f"note: {with_negative} pictures have values below 0, which become black as 0 does")
+    return white
+
+
+def read_pictures(
+    paths: list[Path], white: dict[str, float] | None = None
+) -> tuple[dict[Path, Tensor], list[str]]:
     """Pictures as `read_picture` gives them, and a line about each that cannot be read."""
+
+    def read(path: Path) -> Tensor | str:
+        try:
+            return read_picture(path, white)
+        except Exception as error:  # Pillow's decoders raise anything
+            return f"cannot read {path} ({reason(error)})"
+
     pictures = {}
     failures = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for path in paths:
-            try:
-                pictures[path] = read_picture(path)
-            except Exception as error:  # Pillow's decoders raise anything
-                failures.append(f"cannot read {path} ({reason(error)})")
+    for path, result in zip(paths, in_threads(read, paths, "reading picture")):
+        if isinstance(result, str):
+            failures.append(result)
+        else:
+            pictures[path] = result
     return pictures, failures
 
 
-def read_class_folders(folder: Path) -> tuple[list[Tensor], list[str], list[str]]:
-    """The pictures in folder/CLASS, the class of each, and a line about each that is broken."""
+PARTS = ("train", "val", "test")
+MEANT = re.compile("(train|test)(ing)?|val(id(ation)?)?", re.IGNORECASE)  # names of parts
+LAYOUT = "a data set is DIR/train/CLASS/*, DIR/test/CLASS/* and, if you have one, DIR/val/CLASS/*"
+
+
+def natural_order(name: str) -> tuple[list[Any], str]:
+    """A key to sort names by: 2 comes before 10."""
+    parts = re.split(r"(\d+)", name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
+
+
+def find_class_folders(folder: Path) -> dict[Path, str]:
+    """The pictures in folder/CLASS, with the class of each."""
     found = list_pictures(folder)
-    paths = [path for path in found if path.parent != folder]
-    strays = len(found) - len(paths)
+    class_of = {}
+    for path in found:
+        if path.parent != folder:
+            class_of[path] = path.relative_to(folder).parts[0]
+    strays = len(found) - len(class_of)
+    if not class_of:
+        raise UserError(f"{folder} holds {strays} pictures, but no folder of a class")
     if strays:
         print(f"note: {strays} pictures in {folder} are in no folder of a class")
-    if not paths:
-        raise UserError(f"--dataset: {folder} should hold a folder of pictures for each class", 2)
-    names = [path.relative_to(folder).parts[0] for path in paths]
-    pictures, failures = read_pictures(paths)
-    return [*pictures.values()], names, failures
+    return class_of
 
 
-def read_image_folders(folder: Path) -> Dataset:
-    """The pictures in folder/train/CLASS and folder/test/CLASS."""
-    pictures, names, broken = read_class_folders(folder / "train")
-    test_pictures, test_names, test_broken = read_class_folders(folder / "test")
-    broken += test_broken
+def find_parts(folder: Path, needs_test: bool) -> dict[str, dict[Path, str]]:
+    """The parts of a data set that are there, each with its pictures and their classes."""
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    for name in found:
+        if MEANT.fullmatch(name) and name not in PARTS:
+            raise UserError(f"{folder / name} has none of the names train, val and test")
+    if "train" not in found:
+        inner = next(folder.glob("*/train"), None)
+        hint = f", but {inner}" if inner else ""
+        raise UserError(f"there is no {folder / 'train'}{hint}")
+    if needs_test and "test" not in found:
+        raise UserError(f"there is no {folder / 'test'} (--no-test trains without)")
+    parts = {part: find_class_folders(folder / part) for part in PARTS if part in found}
+    classes = {part: set(class_of.values()) for part, class_of in parts.items()}
+    if len(classes["train"]) == 1:
+        (name,) = classes["train"]
+        raise UserError(f"{folder / 'train'} has one class ({name}), and two are the least")
+    different = classes["train"] ^ classes.get("test", classes["train"])
+    different |= classes.get("val", set()) - classes["train"]
+    if different:
+        shown = ", ".join(sorted(different)[:5])
+        raise UserError(f"{', '.join(parts)} have different classes ({shown})")
+    return parts
+
+
+def read_image_folders(folder: Path, needs_test: bool, white: dict[str, float] | None) -> Dataset:
+    """The pictures in folder/train/CLASS, folder/test/CLASS and, if it is there, folder/val/CLASS.
+
+    Raises UserError for another layout, and for pictures that cannot be read.
+    """
+    try:
+        parts = find_parts(folder, needs_test)
+    except UserError as error:
+        raise UserError(f"--dataset {folder}: {error}; {LAYOUT}", 2) from None
+    paths = [path for class_of in parts.values() for path in class_of]
+    print(f"reading {len(paths):,} pictures from {folder}", flush=True)
+    if white is None:
+        white = find_white([*parts["train"]])
+    pictures, broken = read_pictures(paths, white)
     if broken:
         first = "; ".join(broken[:5])
         raise UserError(f"{len(broken)} broken pictures in {folder}, to repair or remove: {first}")
-    classes = sorted(set(names))
-    if different := sorted(set(names) ^ set(test_names)):
-        shown = ", ".join(different[:5])
-        raise UserError(f"--dataset {folder}: train and test have different classes ({shown})", 2)
-    images = torch.stack(pictures)
-    mean, std = channel_statistics(images)
+    classes = sorted(set(parts["train"].values()), key=natural_order)
+    label_of = {name: label for label, name in enumerate(classes)}
+    images = dict.fromkeys(PARTS)
+    labels = dict.fromkeys(PARTS)
+    for part, class_of in parts.items():
+        images[part] = torch.stack([pictures[path] for path in class_of])
+        labels[part] = torch.tensor([label_of[name] for name in class_of.values()])
+    mean, std = channel_statistics(images["train"])
     return Dataset(
-        images=images,
-        labels=torch.tensor([classes.index(name) for name in names]),
-        test_images=torch.stack(test_pictures),
-        test_labels=torch.tensor([classes.index(name) for name in test_names]),
+        images=images["train"],
+        labels=labels["train"],
+        test_images=images["test"],
+        test_labels=labels["test"],
         classes=classes,
         mean=mean,
         std=std,
+        val_images=images["val"],
+        val_labels=labels["val"],
+        white=white,
     )
 
 
@@ -2636,6 +2791,8 @@ def check(config: Config, passed: dict[str, Any]) -> None:
     for one, other in EXCLUSIVE:
         if one in passed and other in passed:
             raise UserError(f"{flag_name(one)} and {flag_name(other)} exclude each other", 2)
+    if "val_size" in passed and (val := user_path(config.dataset) / "val").is_dir():
+        raise UserError(f"--val-size {config.val_size}: {val} is the validation set", 2)
     if config.resume and passed.keys() & {"seeds", "output_dir"}:
         raise UserError("--resume FILE continues in its folder: no --seeds, no --output-dir", 2)
     if bool(config.checkpoint) != bool(passed.keys() & {"evaluate", "image", "image_dir"}):

@@ -1,0 +1,214 @@
+"""Pictures of one's own as a data set: layouts, gray of many bits, identity, size, and what is said of them."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, one_line_error
+from PIL import Image
+
+FLAGS = ("--epochs", 1, "--batch-size", 4, "--compile", "off", "--device", "cpu")
+
+
+def write(path: Path, pixels: np.ndarray, **options: object) -> Path:
+    """Write an array as a picture, and the folders that it is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def make_set(folder: Path, *classes: str, **counts: int) -> Path:
+    """A data set with so many pictures of each class in each part; each class has its color."""
+    chance = np.random.default_rng(0)
+    for part, count in (counts or {"train": 10, "test": 5}).items():
+        for label, name in enumerate(classes):
+            for number in range(count):
+                color = np.full((32, 32, 3), 20 + 200 * label // len(classes), np.uint8)
+                noise = chance.integers(0, 20, color.shape, np.uint8)
+                write(folder / part / name / f"{number:02}.png", color + noise)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_plots(ck, monkeypatch):
+    monkeypatch.setattr(ck, "save_plot", lambda *_: None)
+
+
+def train(dataset: Path, *flags: object, cwd: Path) -> str:
+    """What a short training prints."""
+    result = call("--dataset", dataset, *FLAGS, *flags, cwd=cwd)
+    assert result.code == 0, result.err
+    return result.out
+
+
+def refusal(dataset: Path, *flags: object, cwd: Path) -> str:
+    message = one_line_error(call("--dataset", dataset, *FLAGS, *flags, cwd=cwd))
+    assert not (cwd / "runs").exists()
+    return message
+
+
+def notes(out: str) -> list[str]:
+    return re.findall("(?m)^note: .*", out)
+
+
+# Layouts
+
+
+def test_val_is_the_validation_set(ck, tmp_path):
+    data = make_set(tmp_path / "set", "a", "b", train=10, val=3, test=5)
+    out = train(data, "--output-dir", "run", cwd=tmp_path)
+    assert "20 training, 6 validation, 10 test images of 2 classes" in out and notes(out) == []
+    expected = [ck.read_picture(path) for path in sorted((data / "val").rglob("*.png"))]
+    _, val_loader, _ = ck.get_cifar_data_loaders(dataset_name=str(data))
+    assert all((val_loader.images[i] == image).all() for i, image in enumerate(expected))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["val_size"], summary["train_images"]) == (6, 20)
+    assert call("--resume", "run", "--epochs", 2, cwd=tmp_path).code == 0
+
+
+def test_a_validation_size_beside_val_is_refused_and_one_of_a_recipe_is_a_note(tmp_path):
+    data = make_set(tmp_path / "set", "a", "b", train=10, val=3, test=5)
+    for size in (0, 3, 6):
+        message = refusal(data, "--val-size", size, cwd=tmp_path)
+        assert f"--val-size {size}" in message and str(data / "val") in message
+    (note,) = notes(train(data, "--recipe", "best", cwd=tmp_path))
+    assert "val/ is the validation set" in note
+
+
+def test_a_class_without_validation_images_is_named_and_one_that_is_not_trained_refused(tmp_path):
+    data = make_set(tmp_path / "set", "a", "b", train=10, val=3, test=5)
+    shutil.rmtree(data / "val" / "b")
+    assert notes(train(data, cwd=tmp_path)) == ["note: no validation images of b"]
+    shutil.rmtree(tmp_path / "runs")
+    shutil.copytree(data / "val" / "a", data / "val" / "c")
+    message = refusal(data, cwd=tmp_path)
+    assert "(c)" in message and "DIR/val/CLASS" in message
+
+
+def test_without_test_pictures_there_is_training_with_no_test(tmp_path):
+    data = make_set(tmp_path / "set", "a", "b", train=10)
+    message = refusal(data, cwd=tmp_path)
+    assert str(data / "test") in message and "--no-test" in message
+    assert "DIR/train/CLASS" in message and "DIR/test/CLASS" in message
+    assert "18 training, 2 validation, 0 test images" in train(data, "--no-test", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("moves", "named"),
+    [
+        ({"train": "."}, "train"),  # DIR/CLASS
+        ({"train": "Train", "test": "Test"}, "Test"),
+        ({"train": "training"}, "training"),
+        ({"val": "valid"}, "valid"),
+        ({"train": "set/train", "test": "set/test"}, "set/train"),  # an archive in a folder
+        ({"train/a": "a/train", "train/b": "b/train"}, "no pictures in"),
+        ({"train/a": "train/images/a", "train/b": "train/images/b"}, "one class (images)"),
+        ({"test/a": "elsewhere"}, "(a)"),
+        ({"test/a/00.png": "test/00.png", "test/a": "a", "test/b": "b"}, "1 pictures"),
+        ({"train/a": "elsewhere"}, "one class (b)"),
+    ],
+)
+def test_another_layout_is_refused_in_a_line_that_shows_the_right_one(moves, named, tmp_path):
+    data = make_set(tmp_path / "set", "a", "b", train=2, val=1, test=1)
+    for old, new in moves.items():
+        (data / new).parent.mkdir(parents=True, exist_ok=True)
+        if new == ".":
+            shutil.copytree(data / old, data, dirs_exist_ok=True)
+            shutil.rmtree(data / old)
+        else:
+            (data / old).rename(data / new)
+    message = refusal(data, cwd=tmp_path)
+    assert named in message and "DIR/train/CLASS/*, DIR/test/CLASS/*" in message
+
+
+# Gray of more than 8 bits
+
+
+def gray_set(folder: Path, dtype: str, tops: dict[str, float]) -> Path:
+    """A data set of gray TIFFs: ramps from 0 to a value by which alone the classes differ."""
+    chance = np.random.default_rng(0)
+    for part, count in (("train", 30), ("test", 10)):
+        for name, top in tops.items():
+            for number in range(count):
+                ramp = chance.permutation(32 * 32).reshape(32, 32) / 1023
+                write(folder / part / name / f"{number}.tif", (top * ramp).astype(dtype))
+    return folder
+
+
+def class_means(ck, folder: Path) -> list[float]:
+    data = ck.read_dataset(str(folder))
+    return [data.images[data.labels == i].double().mean().item() for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tops"),
+    [
+        ("u2", {"cold": 250, "warm": 4000}),
+        ("u2", {"cold": 5000, "warm": 60000}),
+        ("f4", {"cold": 0.9, "warm": 14.4}),
+        ("i4", {"cold": 20_000, "warm": 80_000}),
+    ],
+)
+def test_gray_of_a_data_set_has_one_white(ck, dtype, tops, tmp_path):
+    cold, warm = class_means(ck, gray_set(tmp_path / "set", dtype, tops))
+    assert warm == pytest.approx(127.5, abs=1)
+    assert cold == pytest.approx(warm * tops["cold"] / tops["warm"], abs=1)
+
+
+def test_a_network_sees_new_gray_as_it_saw_that_of_its_training(ck, tmp_path):
+    data = gray_set(tmp_path / "set", "u2", {"cold": 250, "warm": 4000})
+    shutil.rmtree(data / "test" / "warm")
+    shutil.copytree(data / "test" / "cold", data / "test" / "warm")  # all are cold: half is wrong
+    flags = ("--output-dir", "run", "--epochs", 8, "--lr", 0.02, "--batch-size", 8)
+    assert "test error 50.00 %" in train(data, *flags, cwd=tmp_path)
+    use = ("--checkpoint", "run/best.pt", "--compile", "off")
+    assert " 50.00 %" in call(*use, "--evaluate", cwd=tmp_path).out
+    result = call(*use, "--image-dir", data / "test", "--json", cwd=tmp_path)
+    rows = json.loads(result.out)
+    assert {next(iter(row["classes"])) for row in rows} == {"cold"}
+    classifier = ck.Classifier(tmp_path / "run" / "best.pt")
+    assert classifier(rows[0]["file"]) == pytest.approx(rows[0]["classes"], abs=1e-4)
+    assert "resuming" in call("--resume", "run", "--epochs", 9, cwd=tmp_path).out
+
+
+def test_a_file_that_knows_no_white_takes_each_pictures_own_range_as_before(ck, tmp_path):
+    data = gray_set(tmp_path / "set", "u2", {"cold": 250, "warm": 4000})
+    train(data, "--output-dir", "run", cwd=tmp_path)
+    path = tmp_path / "run" / "best.pt"
+    best = torch.load(path)
+    assert best.pop("white") == {"I": 4000.0}
+    torch.save(best, path)
+    cold = data / "test" / "cold" / "0.tif"
+    assert ck.read_picture(cold, {"I": 4000.0}).max() == 16
+    assert ck.read_picture(cold).max() == 250
+    classifier = ck.Classifier(path)
+    assert classifier(cold) == classifier.classify(ck.read_picture(cold)[None])[0]
+
+
+def test_pictures_of_8_bits_beside_them_stay_as_they_are(ck, tmp_path):
+    data = gray_set(tmp_path / "set", "u2", {"cold": 250, "warm": 4000})
+    pixels = np.random.default_rng(0).integers(0, 200, (32, 32), np.uint8)
+    write(data / "train" / "cold" / "8bit.png", pixels)
+    images = ck.read_dataset(str(data)).images.numpy()
+    assert any((image == pixels).all() for image in images)
+
+
+def test_what_is_not_finite_or_negative_in_a_picture_changes_no_other(ck, tmp_path):
+    data = gray_set(tmp_path / "set", "f4", {"cold": 0.5, "warm": 2.0})
+    odd = np.full((32, 32), 1.0, np.float32)
+    odd[0, :4] = (np.nan, np.inf, -np.inf, -5)
+    write(data / "train" / "cold" / "odd.tif", odd)
+    pixels = ck.read_picture(data / "train" / "cold" / "odd.tif", {"F": 2.0})[0]
+    assert pixels[0, :5].tolist() == [0, 255, 0, 0, 128]
+    out = train(data, "--output-dir", "run", cwd=tmp_path)
+    assert len(notes(out)) == 1 and "1 pictures have values below 0" in notes(out)[0]
+    assert torch.load(tmp_path / "run" / "best.pt")["white"] == {"F": 2.0}
+
+
+def test_black_pictures_of_16_bits_are_black(ck, tmp_path):
+    data = gray_set(tmp_path / "set", "u2", {"cold": 0, "warm": 0})
+    assert ck.read_dataset(str(data)).images.max() == 0
