@@ -426,7 +426,8 @@ class Dataset(NamedTuple):
     """Images (N, 3, 32, 32) uint8 and labels (N,) int64, and what goes with them.
 
     A folder of pictures may lack test images (None), and have validation images of its own. `white`
-    is what white is in its pictures of more than 8 bits: see `read_picture`.
+    is what white is in its pictures of more than 8 bits: see `read_picture`. `files` is a digest of
+    the bytes and classes of its files, in their order.
     """
 
     images: Tensor
@@ -439,6 +440,7 @@ class Dataset(NamedTuple):
     val_images: Tensor | None = None
     val_labels: Tensor | None = None
     white: dict[str, float] = {}
+    files: str = ""
 
 
 def read_dataset(
@@ -624,7 +626,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for CUDA's matrix products
         torch.use_deterministic_algorithms(True)
-    data = read_dataset(config.dataset, config.data_dir, not config.no_test, run.get("white"))
+    data = read_run_data(config, named, run, f"{folder}/last.pt")
     loaders = make_loaders(
         data, config.batch_size, config.val_size, config.seed, device, config.inputs,
         config.augment, input_size(MODELS[config.model]), run.get("statistics"),
@@ -646,9 +648,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         restore(run, folder / "last.pt", model, optimizer, scheduler)
     for group in optimizer.param_groups:
         group["fused"] = device.type == "cuda" or None  # one kernel for all weights
-    digest = data_digest(*loaders)
-    if run.setdefault("data", digest) != digest:
-        raise UserError(f"{config.dataset} holds other images or labels than when the run started")
+    check_data(run, data, loaders, config.dataset)
 
     # All is checked: the folder is made, and what was chosen is stored, for a resumed run to keep
     folder = make_folder(folder, config)
@@ -1271,6 +1271,21 @@ def copy_weights(weights: dict[str, Tensor], model: nn.Module, path: str) -> Non
     print(f"weights   from {path}, but new: {', '.join(new) or 'none'}")
 
 
+def check_data(
+    run: dict[str, Any], data: Dataset, loaders: Iterable[CifarLoader | None], name: str
+) -> None:
+    """Keep the identity of a run's data: its files' bytes, or its pixels where it has no files.
+
+    Raises UserError if they are others than before. Files that decode to other pixels are a note.
+    """
+    pixels = data_digest(*loaders)
+    identity = data.files or pixels
+    if run.setdefault("data", identity) != identity:
+        raise UserError(f"{name} holds other images or labels than when the run started")
+    if run.setdefault("pixels", pixels) != pixels:
+        print("note: the same files give other pixels than before the stop, by another decoder")
+
+
 def restore(
     run: dict[str, Any], path: Path, model: nn.Module, optimizer: optim.Optimizer, scheduler: Any
 ) -> None:
@@ -1295,6 +1310,7 @@ def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
             "mean": run["statistics"][0],
             "std": run["statistics"][1],
             "white": run["white"],
+            "data": run["data"],
             "epoch": run["best_epoch"],
         }
         save_checkpoint(folder / "best.pt", best)
@@ -1535,14 +1551,17 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     classifier = Classifier(path, config.device, passed.get("precision", ""))
     model = classifier.model
     trained = classifier.trained["config"]
-    trained.dataset = passed.get("dataset", trained.dataset)
-    data_dir = config.data_dir
-    if "data_dir" not in passed and user_path(trained.data_dir).is_dir():
-        data_dir = trained.data_dir
-    data = read_dataset(trained.dataset, data_dir, white=classifier.trained["white"])
-    if data.classes != classifier.classes:
-        raise UserError(f"{path} was trained on other classes than {trained.dataset} has", 2)
-    folder = user_path(config.output_dir or path.parent)
+    dataset = passed.get("dataset", trained.dataset)
+    if "data_dir" in passed or not user_path(trained.data_dir).is_dir():
+        trained.data_dir = config.data_dir
+    again = replace(trained, dataset=dataset, no_test=False)
+    data = read_run_data(again, passed, classifier.trained, path)
+    folder = path.parent
+    same_files = data.files and data.files == classifier.trained.get("data")
+    if dataset != trained.dataset and not same_files:
+        folder = folder / user_path(dataset).resolve().name  # keeps the run's own plots
+    folder = user_path(config.output_dir or folder)
+    trained.dataset = dataset
     folder.mkdir(parents=True, exist_ok=True)
     tune_glibc_malloc()
     speed_up_lrn(model, config.compile, classifier.device, classifier.precision)
@@ -2514,6 +2533,20 @@ def find_parts(folder: Path, needs_test: bool) -> dict[str, dict[Path, str]]:
     return parts
 
 
+def digest_of_files(parts: dict[str, dict[Path, str]]) -> str:
+    """The identity of a data set of pictures: a hash of their files, parts and classes."""
+
+    def digest_of(path: Path) -> bytes:
+        return hashlib.sha256(path.read_bytes()).digest()
+
+    digest = hashlib.sha256()
+    for part, class_of in parts.items():
+        digests = in_threads(digest_of, [*class_of], f"comparing {part}, picture")
+        for name, of_file in zip(class_of.values(), digests):
+            digest.update(os.fsencode(f"{part}/{name}/") + of_file)
+    return digest.hexdigest()
+
+
 def read_image_folders(folder: Path, needs_test: bool, white: dict[str, float] | None) -> Dataset:
     """The pictures in folder/train/CLASS, folder/test/CLASS and, if it is there, folder/val/CLASS.
 
@@ -2550,7 +2583,40 @@ def read_image_folders(folder: Path, needs_test: bool, white: dict[str, float] |
         val_images=images["val"],
         val_labels=labels["val"],
         white=white,
+        files=digest_of_files(parts),
     )
+
+
+def with_classes(data: Dataset, classes: list[str]) -> Dataset:
+    """The data set with the labels that the same classes have in this order."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    new_labels = torch.tensor([label_of[name] for name in data.classes])
+    data = data._replace(classes=classes, labels=new_labels[data.labels])
+    if data.test_labels is not None:
+        data = data._replace(test_labels=new_labels[data.test_labels])
+    if data.val_labels is not None:
+        data = data._replace(val_labels=new_labels[data.val_labels])
+    return data
+
+
+def read_run_data(
+    config: Config, named: Collection[str], saved: dict[str, Any], path: str | Path
+) -> Dataset:
+    """The data set of a run, with the classes and white of the file at `path`, if it is saved there.
+
+    Raises UserError if it has other classes, or is not where the run had it.
+    """
+    name = config.dataset
+    is_saved = "classes" in saved
+    is_folder = name not in (*CIFAR, "cifar10-mini")
+    if is_saved and is_folder and "dataset" not in named and not user_path(name).is_dir():
+        raise UserError(f"{path} is of --dataset {name}, no folder here: pass where it is now", 2)
+    data = read_dataset(name, config.data_dir, not config.no_test, saved.get("white"))
+    if not is_saved:
+        return data
+    if sorted(data.classes) != sorted(saved["classes"]):
+        raise UserError(f"{path} was trained on other classes than {name} has", 2)
+    return with_classes(data, saved["classes"])
 
 
 # ---- Device, precision, torchrun -----------------------------------------------------------------

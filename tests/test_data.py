@@ -137,7 +137,9 @@ def test_an_epoch_repeats_by_seed_and_number_and_no_other_is_like_it(ck):
 
 def test_each_iteration_is_the_next_epoch_unless_one_is_chosen(ck):
     def loader():
-        return ck.CifarLoader(random_images(50), torch.arange(50), CLASSES, *PLAIN, shuffle=True, augment="crop-flip")
+        return ck.CifarLoader(
+            random_images(50), torch.arange(50), CLASSES, *PLAIN, shuffle=True, augment="crop-flip"
+        )
 
     chosen = [epoch_of(loader(), epoch) for epoch in (1, 2, 3)]
     mine = loader()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call, one_line_error
+from conftest import ROOT, call, one_line_error
 from PIL import Image
 
 FLAGS = ("--epochs", 1, "--batch-size", 4, "--compile", "off", "--device", "cpu")
@@ -212,3 +212,107 @@ def test_what_is_not_finite_or_negative_in_a_picture_changes_no_other(ck, tmp_pa
 def test_black_pictures_of_16_bits_are_black(ck, tmp_path):
     data = gray_set(tmp_path / "set", "u2", {"cold": 0, "warm": 0})
     assert ck.read_dataset(str(data)).images.max() == 0
+
+
+# Class names
+
+
+def test_numbered_classes_are_in_natural_order(ck, tmp_path):
+    data = make_set(tmp_path / "set", "10", "11", "0", "1", "2", train=2, test=1)
+    assert ck.read_dataset(str(data)).classes == ["0", "1", "2", "10", "11"]
+    data = make_set(tmp_path / "other", "b10", "b9", "a", "b9 c", "C", train=2, test=1)
+    assert ck.read_dataset(str(data)).classes == ["C", "a", "b9", "b9 c", "b10"]
+
+
+def test_a_run_with_its_classes_in_another_order_is_evaluated_and_resumed(
+    ck, tmp_path, monkeypatch
+):
+    names = ["0", "1", "10", "11", "2"]
+    data = make_set(tmp_path / "set", *names, train=20, val=2, test=5)
+    flags = ("--output-dir", "run", "--epochs", 12, "--lr", 0.03, "--batch-size", 10)
+    monkeypatch.setattr(ck, "natural_order", str)
+    train(data, *flags, cwd=tmp_path)
+    monkeypatch.undo()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_error"] < 40 and [*summary["test_class_accuracy"]] == names
+    result = call("--checkpoint", "run/best.pt", "--evaluate", "--compile", "off", cwd=tmp_path)
+    assert f"{summary['test_error']:.2f} %" in result.out
+    assert f"{summary['test_loss']:.4f}" in result.out
+    assert call("--resume", "run", "--epochs", 13, cwd=tmp_path).code == 0
+    assert torch.load(tmp_path / "run" / "best.pt")["classes"] == names
+
+
+# The identity of a data set
+
+
+def rewrite_with_other_pixels(path: Path) -> None:
+    pixels = np.array(Image.open(path))
+    pixels[3, 4] ^= 1
+    Image.fromarray(pixels).save(path)
+
+
+def test_files_that_decode_differently_are_a_note_and_other_files_are_refused(
+    ck, tmp_path, monkeypatch
+):
+    data = make_set(tmp_path / "set", "a", "b")
+    train(data, "--output-dir", "run", cwd=tmp_path)
+    resume = ("--resume", "run", "--epochs")
+    read_picture = ck.read_picture
+    monkeypatch.setattr(ck, "read_picture", lambda *args: read_picture(*args) ^ 1)
+    assert "other pixels" in "".join(notes(call(*resume, 2, cwd=tmp_path).out))
+    assert "other pixels" not in call(*resume, 3, cwd=tmp_path).out
+    rewrite_with_other_pixels(data / "test" / "b" / "00.png")
+    assert "other images" in one_line_error(call(*resume, 4, cwd=tmp_path))
+
+
+def test_an_old_run_whose_identity_are_the_pixels_is_continued(ck, tmp_path):
+    data = make_set(tmp_path / "set", "a", "b")
+    train(data, "--output-dir", "run", cwd=tmp_path)
+    path = tmp_path / "run" / "last.pt"
+    last = torch.load(path)
+    last["data"] = last.pop("pixels")
+    del last["white"]
+    torch.save(last, path)
+    assert call("--resume", "run", "--epochs", 2, cwd=tmp_path).code == 0
+    assert torch.load(path)["data"] == ck.read_dataset(str(data)).files != last["data"]
+
+
+def test_the_identity_of_cifar_are_its_pixels_as_in_published_summaries(ck):
+    published = json.loads((ROOT / "results" / "cifar10-mini-128" / "summary.json").read_text())
+    loaders = ck.get_cifar_data_loaders(dataset_name="cifar10-mini")
+    assert ck.data_digest(*loaders) == published["data_digest"]
+    assert ck.read_dataset("cifar10-mini").files == ""
+
+
+# Evaluation with other data
+
+
+def test_a_data_set_that_is_not_where_the_run_had_it_is_said_to_be_the_files(tmp_path):
+    make_set(tmp_path / "v", "a", "b")
+    train("v", "--output-dir", "run", cwd=tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    for use in ("--checkpoint ../run/best.pt --evaluate", "--resume ../run/last.pt"):
+        message = one_line_error(call(*use.split(), cwd=tmp_path / "elsewhere"))
+        assert use.split()[1] in message and "--dataset v" in message
+        found = call(*use.split(), "--dataset", "../v", cwd=tmp_path / "elsewhere")
+        assert found.code == 0, found.err
+
+
+def test_other_data_is_evaluated_into_a_folder_of_its_own(ck, tmp_path, monkeypatch):
+    monkeypatch.setattr(ck, "save_plot", lambda path, *_: path.write_text("plot"))
+    data = make_set(tmp_path / "set", "a", "b")
+    other = make_set(tmp_path / "other", "b", "a")
+    train(data, "--output-dir", "run", cwd=tmp_path)
+
+    def drawn(*flags: object) -> list[str]:
+        for path in tmp_path.rglob("*.png"):
+            if path.read_bytes() == b"plot":
+                path.unlink()
+        use = ("--checkpoint", "run/best.pt", "--evaluate", "--compile", "off", *flags)
+        assert call(*use, cwd=tmp_path).code == 0
+        return [str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("filters.png")]
+
+    moved = shutil.copytree(data, tmp_path / "moved")
+    assert drawn() == drawn("--dataset", data) == drawn("--dataset", moved) == ["run"]
+    assert drawn("--dataset", other) == ["run/other"]
+    assert drawn("--dataset", other, "--output-dir", "new") == ["new"]

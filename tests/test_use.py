@@ -217,7 +217,7 @@ def test_evaluation_gives_the_errors_of_the_run_and_draws_its_plots_again(
 
 @pytest.mark.parametrize("spelling", ["{}", "~/data"])
 def test_evaluation_finds_the_data_where_the_run_had_them(ck, spelling, tmp_path, monkeypatch):
-    def read_dataset(name, data_dir, **_):
+    def read_dataset(name, data_dir, *_):
         raise ck.UserError(f"looked in {Path(data_dir).expanduser().resolve()}")
 
     monkeypatch.setattr(ck, "read_dataset", read_dataset)
