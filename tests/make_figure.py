@@ -41,9 +41,9 @@ def main() -> None:
         if not folder.startswith("cifar10-"):
             continue
         name, runs = folder.removeprefix("cifar10-"), load(f"{folder}/**/summary.json")
-        if minutes := fastest(folder, "cpu")[0]:
+        if minutes := fastest(folder, "cpu"):
             draw(axes, runs, minutes, name, "tab:blue")
-        if minutes := fastest(folder, "cuda")[0]:
+        if minutes := fastest(folder, "cuda"):
             on_gpu = load(f"{folder}-h100/seed?/summary.json")
             draw(axes, on_gpu or runs, minutes, name, "tab:green")
         if name == "default":

@@ -26,6 +26,12 @@ RECIPES = {  # the folder of a published run, and the command that makes it with
     "cifar100-default": "python cifar_krizhevsky.py --dataset cifar100",
     "cifar100-best": "python cifar_krizhevsky.py --dataset cifar100 --recipe best",
 }
+NETWORKS_OF_2012 = {  # error, views and minutes on one GPU, as his page listed them
+    "80sec": (26, 1, "1.3"),
+    "18pct": (18, 1, "20"),
+    "13pct": (13, 10, "25"),
+    "11pct": (11, 10, "75"),
+}
 ALONE = {  # the runs that had the machine to themselves
     "cifar10-quick/seed0", "cifar10-short/seed4", "cifar10-medium-cpu", "cifar100-short-cpu",
     "cifar10-short-h100", "cifar10-best/seed1",
@@ -76,29 +82,51 @@ def summaries(pattern: str, columns: str) -> Iterator[dict]:
         yield {c: COLUMNS[c](run) if c in COLUMNS else run[c] for c in columns.split(", ")}
 
 
-def fastest(folder: str, device: str) -> tuple[float | None, str]:
-    """Minutes on a device of the fastest run of a recipe that was alone, else of any, marked *.
-
-    Without the seeds of `-h100`, which shared the card with twelve others.
-    """
+def fastest(folder: str, device: str) -> float | None:
+    """Minutes of training on a device, of the fastest run of a recipe that had the machine to itself."""
     patterns = (f"{folder}/**", f"{folder}-cpu", f"{folder}-h100")
     runs = [run for pattern in patterns for run in load(f"{pattern}/summary.json")]
-    runs = [run for run in runs if run["device_used"] == device]
-    alone = [r for r in runs if str(r["path"].parent.relative_to(RESULTS)) in ALONE]
-    seconds = [run["training_seconds"] for run in alone or runs]
-    return (min(seconds) / 60, "" if alone else " *") if seconds else (None, "")
+    minutes = []
+    for run in runs:
+        name = str(run["path"].parent.relative_to(RESULTS))
+        if name in ALONE and run["device_used"] == device:
+            minutes.append(run["training_seconds"] / 60)
+    return min(minutes, default=None)
+
+
+def minutes_of(folder: str, device: str) -> str:
+    minutes = fastest(folder, device)
+    return "–" if minutes is None else f"{minutes:.3g}"
 
 
 def recipes() -> Iterator[dict]:
     for folder, command in RECIPES.items():
         runs = load(f"{folder}/**/summary.json")
-        row = {"command": f"`{command}`", "epochs": runs[0]["epochs"]}
-        row["test accuracy (%)"] = percent(*(100 - run["test_error"] for run in runs))
-        row["ten views (%)"] = percent(*(100 - run["test_error_multi_view"] for run in runs))
-        for column, device in (("CPU, minutes", "cpu"), ("H100, minutes", "cuda")):
-            minutes, mark = fastest(folder, device)
-            row[column] = f"{minutes:.3g}{mark}" if minutes else "–"
-        yield row | {"n": len(runs)}
+        yield {
+            "command": f"`{command}`",
+            "epochs": runs[0]["epochs"],
+            "error (%)": percent(*(run["test_error"] for run in runs)),
+            "ten views (%)": percent(*(run["test_error_multi_view"] for run in runs)),
+            "n": len(runs),
+            "minutes, CPU": minutes_of(folder, "cpu"),
+            "minutes, H100": minutes_of(folder, "cuda"),
+        }
+
+
+def networks_of_2012() -> Iterator[dict]:
+    for name, (error, views, minutes) in NETWORKS_OF_2012.items():
+        runs = load(f"cifar10-{name}/**/summary.json")
+        key = "test_error" if views == 1 else "test_error_multi_view"
+        yield {
+            "command": f"`python cifar_krizhevsky.py --recipe {name}`",
+            "epochs": runs[0]["epochs"] if runs else "–",
+            "views": views,
+            "his error (%)": error,
+            "ours (%)": percent(*(run[key] for run in runs)) if runs else "–",
+            "n": len(runs),
+            "minutes then, one GPU": minutes,
+            "minutes now, two CPU cores": minutes_of(f"cifar10-{name}", "cpu"),
+        }
 
 
 def paired_difference(ours: list[float], others: list[float]) -> str:
@@ -162,6 +190,7 @@ SHORT_SEARCH = "file, epochs, batch_size, lr, weight_decay, label_smoothing, gam
 SEEDS = "folder, seed, best_epoch, best validation, test error, ten views, last epoch, minutes"
 TABLES = {
     "recipes": recipes,
+    "networks-of-2012": networks_of_2012,
     "runs": lambda: summaries("*/summary.json", f"{RUNS}, last epoch, minutes, command"),
     "comparison": comparison,
     "ablation-by-seeds": ablation_by_seeds,
