@@ -147,6 +147,7 @@ MOMENTS = [("step", 2), ("step", 5), ("before last.pt", EPOCH_2), ("before best.
 MOMENTS += [("after last.pt", EPOCH_2)]  # best.pt and metrics.csv are of the epoch before,
 MOMENTS += [("after last.pt", EPOCH_3)]  # and here nothing is left to train
 MOMENTS += [("before metrics.csv", EPOCH_3), ("before summary.json", 1)]
+MOMENTS += [("before best.pt", 4)]  # which would have given it its temperature
 
 
 @pytest.mark.parametrize(("moment", "count"), MOMENTS)
