@@ -26,7 +26,7 @@ RUNS = {str(p.parent.relative_to(RESULTS)): json.loads(p.read_text()) for p in P
 SEARCH = {path.name: json.loads(path.read_text()) for path in RESULTS.glob("search/*.json")}
 PUBLISHED = ["cifar10-default", "cifar10-best", "cifar100-default", "cifar100-best"]
 HYPERPARAMETERS = (
-    "dataset", "val_size", "inputs", "model", "norm", "lrn_size", "lrn_alpha", "lrn_beta", "lrn_k",
+    "dataset", "val_size", "augment", "inputs", "model", "norm", "lrn_size", "lrn_alpha", "lrn_beta", "lrn_k",
     "dropout", "epochs", "batch_size", "lr", "momentum", "weight_decay", "label_smoothing",
     "gamma", "milestones", "seed", "select", "no_test",
 )  # fmt: skip
@@ -53,15 +53,19 @@ def test_a_table_that_is_not_up_to_date_is_noticed(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(make_tables, "PAGES", [tmp_path / "README.md"])
     assert make_tables.main(["--check"]) == 1
     assert make_tables.main([]) == make_tables.main(["--check"]) == 0
-    row = "| 200 | 90.18 ± 0.22 | 91.06 ± 0.24 | 106 * | 2.98 | 3 |"
+    row = "| 200 | 9.82 ± 0.22 | 8.94 ± 0.24 | 3 | – | 2.98 |"
     assert row in (tmp_path / "README.md").read_text()
-    assert set(re.findall("<!-- table: (.+) -->", page)) == set(make_tables.TABLES) - {"recipes"}
+    assert set(re.findall("<!-- table: (.+) -->", page)) == set(make_tables.TABLES) - {
+        "recipes",
+        "networks-of-2012",
+    }
 
 
 def test_every_published_run_has_its_weights_and_its_row():
     with_weights = {path.relative_to(RESULTS).parts[0] for path in RESULTS.rglob("best.pt")}
     with_weights -= {"cifar10-quick-64", "cifar10-short-128"}  # of earlier settings
-    assert set(PUBLISHED) < with_weights <= set(make_tables.RECIPES)
+    of_2012 = {f"cifar10-{name}" for name in make_tables.NETWORKS_OF_2012}
+    assert set(PUBLISHED) < with_weights <= set(make_tables.RECIPES) | of_2012
     page = (RESULTS / "README.md").read_text()
     for name, run in RUNS.items():
         assert f"| `{name}` | {run['seed' if 'seed' in name else 'epochs']} |" in page
@@ -113,20 +117,39 @@ def test_the_published_commands_still_make_those_runs(ck):
             "val_size": tenth if config.val_size is None else config.val_size,
         }
         published = {key: run[key] for key in HYPERPARAMETERS if key in run}
-        if run["model"] in ("five-conv", "compact"):
-            del published["norm"]  # they have none
+        if run["model"] not in ck.WITH_LRN:
+            del published["norm"]  # it has none
         assert {key: made[key] for key in published} == published, command
 
 
-def test_the_docstring_of_the_script_has_the_published_errors(ck):
-    errors = [
-        tuple(f"{RUNS[name][key]:.2f}" for key in ("test_error", "test_error_multi_view"))
-        for name in PUBLISHED
-    ]
-    assert re.findall(r"([\d.]+) % +([\d.]+) %", ck.__doc__) == errors
-    for name in PUBLISHED:
-        run = RUNS[name]
-        assert (run["epochs"], run["threads"], run["precision_used"]) == (200, 2, "bf16")
+def test_the_docstring_of_the_script_has_the_published_errors_and_minutes(ck):
+    rows = {row["command"]: row for row in make_tables.recipes()}
+    of_2012 = {row["command"]: row for row in make_tables.networks_of_2012()}
+    begin = "python cifar_krizhevsky.py"
+    found = re.findall(
+        r"^    (\S.*?) {2,}(\d+) +([\d.]+(?: ± [\d.]+)?) +(.*)$", ck.__doc__, re.MULTILINE
+    )
+    assert len(found) == 8
+    dataset = ""
+    for command, epochs, error, rest in found:
+        if command == "--recipe 80sec":
+            row = of_2012[f"`{begin} {command}`"]
+            assert (str(row["epochs"]), row["ours (%)"]) == (epochs, error)
+            assert rest.split()[-1] == str(row["n"]) and f"({row['his error (%)']}:" in rest
+            continue
+        if command.startswith("--dataset"):
+            dataset = f" {command}"
+            command = "(the default)"
+        words = command.replace("... ", "").replace("(the default)", "")
+        row = rows[f"`{begin}{dataset} {words}".rstrip() + "`"]
+        assert (str(row["epochs"]), row["error (%)"]) == (epochs, error)
+        assert rest.startswith(row["ten views (%)"])
+        _, n, *minutes = re.split(r" {2,}", rest)
+        assert n == str(row["n"])
+        ours = [row["minutes, CPU"], row["minutes, H100"]]
+        assert [float(m) for m in minutes if m] == [
+            pytest.approx(float(o), abs=0.06) for o in ours if o != "–"
+        ]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
