@@ -57,6 +57,7 @@ import time
 import traceback
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -840,6 +841,8 @@ def print_run(
         small = [name for label, name in enumerate(classes) if label not in held_out]
         if small:
             print(f"note: no validation images of {', '.join(small[:5])}")
+    if config.batch_size >= train_size:
+        print("note: a batch holds all training images, so an epoch is one step: try a smaller one")
 
 
 def print_resumed(run: dict[str, Any], hardware: dict[str, Any]) -> None:
@@ -1029,6 +1032,20 @@ def confusion_matrix(result: Evaluation) -> Tensor:
     return 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
 
 
+def most_confused(matrix: Tensor, count: int = 10) -> list[tuple[int, int]]:
+    """The true and the predicted class of the largest mistakes in a confusion matrix.
+
+    Ties go to the lower class index.
+    """
+    size = len(matrix)
+    mistakes = matrix.clone().fill_diagonal_(-1).flatten()
+    count = min(count, size * (size - 1))
+    smallest = mistakes.topk(count).values[-1]
+    cells = (mistakes >= smallest).nonzero()[:, 0]
+    ranked = cells[mistakes[cells].sort(descending=True, stable=True).indices]
+    return [divmod(cell, size) for cell in ranked[:count].tolist()]
+
+
 def compute_test_metrics(
     model: nn.Module, loader: CifarLoader, precision: str, augment: str, temperature: float
 ) -> tuple[dict[str, Any], Evaluation, Evaluation]:
@@ -1044,10 +1061,13 @@ def compute_test_metrics(
     use_views = USE_VIEWS[augment]
     logits, labels = predict_logits(model, loader, precision=precision, views=use_views)
     in_use = score(average_views(logits, temperature), labels)
-    count, classes, matrix = len(single.labels), loader.classes, confusion_matrix(single).tolist()
-    accuracies = {name: matrix[i][i] for i, name in enumerate(classes)}
-    pairs = itertools.permutations(range(len(classes)), 2)
-    pairs = sorted(pairs, key=lambda pair: -matrix[pair[0]][pair[1]])[:10]
+    count = len(labels)
+    classes = loader.classes
+    matrix = confusion_matrix(single)
+    accuracies = dict(zip(classes, matrix.diag().tolist()))
+    confused = {}
+    for i, j in most_confused(matrix):
+        confused[f"{classes[i]} as {classes[j]}"] = matrix[i, j].item()
     metrics = {
         "test_images": count,
         "test_views": len(views),
@@ -1060,7 +1080,7 @@ def compute_test_metrics(
         "test_top3_error": 100 - single.top3,
         "test_top5_error": 100 - single.top5,
         "test_class_accuracy": accuracies,
-        "test_most_confused": {f"{classes[i]} as {classes[j]}": matrix[i][j] for i, j in pairs},
+        "test_most_confused": confused,
         "test_calibration_error": calibration_error(in_use.log_probabilities, in_use.labels),
         "test_calibration_error_uncalibrated": calibration_error(average_views(logits), labels),
     }
@@ -2480,7 +2500,7 @@ def list_pictures(folder: Path) -> list[Path]:
     for entry in folder.iterdir():  # rglob follows no link, and a class may be one
         for path in (entry, *entry.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if path.is_file() and not hidden.search(name):
+            if not path.is_dir() and not hidden.search(name):  # a link to nothing is named later
                 files.append(path)
     suffixes = Image.registered_extensions()
     pictures = []
@@ -2543,11 +2563,11 @@ def read_picture(path: str | Path, white: dict[str, float] | None = None) -> Ten
 def in_threads(function: Callable[[Path], Any], paths: list[Path], title: str) -> Iterator[Any]:
     """The results of a function in the order of the paths; a terminal shows a line of progress.
 
-    Four threads, so that a few large pictures are in memory at once.
+    Only two threads: a PNG or TIFF of 12 megapixels takes 150 to 200 MB while it is read.
     """
     from multiprocessing.pool import ThreadPool
 
-    with ThreadPool(4) as pool, warnings.catch_warnings():
+    with ThreadPool(2) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number, result in enumerate(pool.imap(function, paths), start=1):
             yield result
@@ -2556,24 +2576,42 @@ def in_threads(function: Callable[[Path], Any], paths: list[Path], title: str) -
                 print(f"{line:<79}\r", end="", flush=True)
 
 
-def find_white(paths: list[Path]) -> dict[str, float]:
-    """The largest value in the pictures of more than 8 bits, for `read_picture`: one for all."""
+LOSSES = {  # what a picture loses on its way into the network, without being broken
+    "jpeg": "are JPEGs of at most 32x32 pixels, which costs accuracy: PNG keeps their pixels",
+    "negative": "have values below 0, which become black as 0 does",
+    "color": "have 16 bits for each color, of which only the upper 8 are read",
+}
+
+
+def look_at_picture(path: Path) -> tuple[str, float, str]:
+    """The kind and the largest value of a gray picture of many bits, else "" and 0; and its loss."""
     from PIL import Image
 
-    def look(path: Path) -> tuple[str, float, bool]:
-        with contextlib.suppress(Exception), Image.open(path) as picture:  # named when it is read
-            if picture.mode.startswith(("I", "F")):
-                return picture.mode[0], largest_value(picture), (np.asarray(picture) < 0).any()
-        return "", 0, False
+    with contextlib.suppress(Exception), Image.open(path) as picture:  # named when it is read
+        if picture.mode.startswith(("I", "F")):
+            is_negative = (np.asarray(picture) < 0).any()
+            return picture.mode[0], largest_value(picture), "negative" if is_negative else ""
+        if picture.format == "JPEG" and max(picture.size) <= 32:
+            return "", 0, "jpeg"
+        if ";16" in str(picture.tile):  # Pillow's name of what is in the file
+            return "", 0, "color"
+    return "", 0, ""
 
+
+def find_white(paths: list[Path]) -> dict[str, float]:
+    """The largest value in the gray pictures of more than 8 bits, as `read_picture` takes it.
+
+    Prints a note about what pictures lose.
+    """
     white = {}
-    with_negative = 0
-    for mode, largest, is_negative in in_threads(look, paths, "looking at picture"):
+    losses = Counter()
+    for kind, largest, loss in in_threads(look_at_picture, paths, "looking at picture"):
+        losses[loss] += 1
         if largest > 0:
-            white[mode] = max(largest, white.get(mode, 0))
-        with_negative += is_negative
-    if with_negative:
-        print(f"note: {with_negative} pictures have values below 0, which become black as 0 does")
+            white[kind] = max(largest, white.get(kind, 0))
+    for loss, text in LOSSES.items():
+        if losses[loss]:
+            print(f"note: {losses[loss]} pictures {text}")
     return white
 
 

@@ -357,6 +357,7 @@ def test_a_rare_class_of_an_uneven_folder_is_trained_on_and_named(ck, pictures, 
         picture.unlink()
     train, validation, _ = ck.get_cifar_data_loaders(dataset_name=str(pictures))
     assert train.labels.bincount().tolist() == [18, 1] and validation.labels.tolist() == [0, 0]
-    result = call(*quick_flags(pictures), "--epochs", 1, "--no-test", cwd=pictures.parent)
+    flags = ("--epochs", 1, "--batch-size", 8, "--no-test")
+    result = call(*quick_flags(pictures), *flags, cwd=pictures.parent)
     notes = [line for line in result.out.splitlines() if line.startswith("note:")]
     assert result.code == 0 and len(notes) == 1 and "dog" in notes[0] and "cat" not in notes[0]

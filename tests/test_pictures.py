@@ -3,6 +3,10 @@
 import json
 import re
 import shutil
+import struct
+import time
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -316,3 +320,92 @@ def test_other_data_is_evaluated_into_a_folder_of_its_own(ck, tmp_path, monkeypa
     assert drawn() == drawn("--dataset", data) == drawn("--dataset", moved) == ["run"]
     assert drawn("--dataset", other) == ["run/other"]
     assert drawn("--dataset", other, "--output-dir", "new") == ["new"]
+
+
+# What a data set is said to lose by
+
+
+def test_small_jpegs_are_a_note_and_larger_ones_and_pngs_are_none(tmp_path):
+    data = make_set(tmp_path / "set", "a", "b", train=10, test=1)
+    assert notes(train(data, cwd=tmp_path)) == []
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        picture = Image.open(path)
+        if number % 2:
+            picture = picture.resize((64, 40))
+        picture.save(path.with_suffix(".jpg"))
+        path.unlink()
+    (note,) = [line for line in notes(train(data, cwd=tmp_path)) if "JPEG" in line]
+    assert "10 pictures" in note and "PNG" in note
+
+
+def png_of_16_bits(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits a color, which Pillow does not write, of an array (H, W, 3)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        length, check = len(data), zlib.crc32(kind + data)
+        return struct.pack(">I", length) + kind + data + struct.pack(">I", check)
+
+    height, width, _ = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def test_colors_of_16_bits_are_a_note(ck, tmp_path):
+    data = make_set(tmp_path / "set", "a", "b", train=10, test=1)
+    path = data / "train" / "a" / "deep.png"
+    path.write_bytes(png_of_16_bits(np.full((32, 32, 3), 4095)))
+    assert ck.read_picture(path).max() == 15
+    (note,) = notes(train(data, cwd=tmp_path))
+    assert "1 pictures have 16 bits for each color" in note
+
+
+def test_a_link_to_nothing_is_a_broken_picture(tmp_path):
+    data = make_set(tmp_path / "set", "a", "b", train=10, test=1)
+    (data / "train" / "a" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    assert str(data / "train" / "a" / "gone.png") in refusal(data, cwd=tmp_path)
+
+
+def test_pictures_come_in_their_order_whatever_takes_longest(ck, tmp_path, monkeypatch):
+    data = make_set(tmp_path / "set", "a", "b", train=20, test=1)
+    expected = ck.read_dataset(str(data))
+    read_picture = ck.read_picture
+
+    def slow_at_times(path: Path, white: dict) -> torch.Tensor:
+        time.sleep(0.02 if path.stem.endswith("0") else 0)
+        return read_picture(path, white)
+
+    monkeypatch.setattr(ck, "read_picture", slow_at_times)
+    found = ck.read_dataset(str(data))
+    assert torch.equal(found.images, expected.images) and found.files == expected.files
+
+
+def test_a_batch_of_all_training_images_is_a_note(tmp_path):
+    data = make_set(tmp_path / "set", "a", "b", train=10, val=1, test=1)
+    assert notes(train(data, "--batch-size", 19, cwd=tmp_path)) == []
+    for size in (20, 128):
+        out = train(data, "--batch-size", size, "--output-dir", f"run{size}", cwd=tmp_path)
+        assert "one step" in "".join(notes(out))
+
+
+def test_the_most_confused_are_the_largest_and_of_equals_the_first(ck):
+    chance = torch.Generator().manual_seed(0)
+    for size, values in ((2, 3), (3, 2), (7, 1), (30, 5), (30, 1000)):
+        matrix = torch.randint(0, values, (size, size), generator=chance).double()
+        pairs = [(i, j) for i in range(size) for j in range(size) if i != j]
+        expected = sorted(pairs, key=lambda pair: -matrix[pair])[:10]
+        assert ck.most_confused(matrix) == expected
+
+
+def test_a_thousand_classes_cost_no_list_of_all_pairs(ck):
+    images = torch.zeros(3000, 3, 32, 32, dtype=torch.uint8)
+    labels = torch.arange(3000) % 1000
+    classes = [f"class {number}" for number in range(1000)]
+    loader = ck.CifarLoader(images, labels, classes, (0.5,) * 3, (0.25,) * 3, 500)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 1000))
+    tracemalloc.start()
+    metrics, _ = ck.compute_test_metrics(model, loader, "fp32", [ck.CENTER])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(metrics["test_most_confused"]) == 10 and peak < 20e6  # the pairs alone take 80 MB
