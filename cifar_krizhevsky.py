@@ -1402,8 +1402,9 @@ def check_data(
     identity = data.files or pixels
     if run.setdefault("data", identity) != identity:
         raise UserError(f"{name} holds other images or labels than when the run started")
-    if run.setdefault("pixels", pixels) != pixels:
+    if run.get("pixels", pixels) != pixels:
         print("note: the same files give other pixels than before the stop, by another decoder")
+    run["pixels"] = pixels
 
 
 def restore(

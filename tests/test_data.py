@@ -359,5 +359,5 @@ def test_a_rare_class_of_an_uneven_folder_is_trained_on_and_named(ck, pictures, 
     assert train.labels.bincount().tolist() == [18, 1] and validation.labels.tolist() == [0, 0]
     flags = ("--epochs", 1, "--batch-size", 8, "--no-test")
     result = call(*quick_flags(pictures), *flags, cwd=pictures.parent)
-    notes = [line for line in result.out.splitlines() if line.startswith("note:")]
+    notes = [line for line in result.out.splitlines() if line.startswith("note: no validation")]
     assert result.code == 0 and len(notes) == 1 and "dog" in notes[0] and "cat" not in notes[0]
