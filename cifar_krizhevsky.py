@@ -371,6 +371,7 @@ class CifarLoader:
         self.augment = augment
         self.seed = seed
         self.epoch = 1
+        self.paths: list[str] | None = None  # of the images, if each has a file
         # (N, 3, 9, 9, size, size): every crop of every image, a view that takes no memory
         layout = {"memory_format": memory_format(device)}
         side = images.size(-1)
@@ -453,6 +454,7 @@ class Dataset(NamedTuple):
     val_labels: Tensor | None = None
     white: dict[str, float] = {}
     files: str = ""
+    test_paths: list[str] | None = None  # if each test image has a file
 
 
 def read_dataset(
@@ -527,6 +529,7 @@ def make_loaders(
     test_loader = None
     if data.test_labels is not None:
         test_loader = make_loader(data.test_images, data.test_labels, batch_size=EVAL_BATCH_SIZE)
+        test_loader.paths = data.test_paths
     return train_loader, val_loader, test_loader
 
 
@@ -973,18 +976,14 @@ def score(output: Tensor, labels: Tensor, criterion: nn.Module | None = None) ->
     return Evaluation(loss, top1, top3, top5, output.cpu(), labels.cpu())
 
 
-def find_temperature(
-    model: nn.Module, loader: CifarLoader | None, precision: str, views: list[View]
-) -> float:
-    """The temperature that makes the probabilities of held-out images most likely.
+def find_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature that makes the labels of held-out images most likely.
 
-    It is the minimum, between 0.05 and 20, of the negative log-likelihood of `average_views` over
-    the views that Classifier takes. 1 if there is no image, or none is wrong: that would ask for
-    certainty. Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", 2017.
+    It is the minimum, between 0.05 and 20, of the negative log-likelihood of `average_views`. The
+    logits (views, N, classes) are of the views that Classifier takes. 1 if none
+    of the images is wrong: that would ask for certainty.
+    Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", 2017.
     """
-    if loader is None:
-        return 1.0
-    logits, labels = predict_logits(model, loader, precision=precision, views=views)
     logits = logits.cpu().double()
     labels = labels.cpu()
     if (average_views(logits).argmax(1) == labels).all():
@@ -1024,12 +1023,17 @@ def wilson_interval(error: float, count: int) -> tuple[float, float]:
     return 100 * max(0.0, center - half), 100 * min(1.0, center + half)
 
 
-def confusion_matrix(result: Evaluation) -> Tensor:
-    """Percent of the images of each true class (row) that are predicted as each class (column)."""
+def confusion_counts(result: Evaluation) -> Tensor:
+    """How many images of each true class (row) are predicted as each class (column)."""
     count = result.log_probabilities.size(1)
     cells = result.labels * count + result.log_probabilities.argmax(1)
-    matrix = cells.bincount(minlength=count * count).view(count, count).double()
-    return 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    return cells.bincount(minlength=count * count).view(count, count)
+
+
+def confusion_matrix(result: Evaluation) -> Tensor:
+    """Percent of the images of each true class (row) that are predicted as each class (column)."""
+    counts = confusion_counts(result).double()
+    return 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
 def most_confused(matrix: Tensor, count: int = 10) -> list[tuple[int, int]]:
@@ -1086,6 +1090,11 @@ def compute_test_metrics(
     }
     if len(use_views) > 1:
         metrics["test_error_with_mirror"] = 100 - in_use.top1
+    sizes = confusion_counts(single).sum(1)
+    metrics["test_class_images"] = dict(zip(classes, sizes.tolist()))
+    if len(set(sizes.tolist())) > 1:
+        present = confusion_matrix(single).diag()[sizes > 0]
+        metrics["test_balanced_accuracy"] = present.mean().item()
     return metrics, single, in_use
 
 
@@ -1094,11 +1103,17 @@ TEST_LINES = {  # what is printed of a test, and its key in summary.json
     "error, with mirror image": "test_error_with_mirror",
     "error, {test_views} views": "test_error_multi_view",
     "error of the last epoch": "last_test_error",
+    "balanced accuracy": "test_balanced_accuracy",
     "not in the top 3": "test_top3_error",
     "not in the top 5": "test_top5_error",
     "calibration error": "test_calibration_error",
     "uncalibrated": "test_calibration_error_uncalibrated",
 }
+
+
+# With fewer test images of a class, its accuracy is known no better than by 5 points (Wilson, at
+# 80 %), and which classes come out lowest is mostly chance. CIFAR-10 has 1,000, CIFAR-100 has 100.
+ENOUGH_TO_RANK = 250
 
 
 def print_test(title: str, metrics: dict[str, Any]) -> None:
@@ -1112,6 +1127,10 @@ def print_test(title: str, metrics: dict[str, Any]) -> None:
             interval = "  (95 % interval {:.2f} to {:.2f})".format(*interval) if interval else ""
             print(f"  {text:<24} {metrics[key]:6.2f} %{interval}")
     print(f"  loss                     {metrics['test_loss']:8.4f}")
+    smallest = min(metrics["test_class_images"].values())
+    if smallest < ENOUGH_TO_RANK:
+        print(f"  too few test images of a class ({smallest:,}) to say which is the weakest")
+        return
     weakest = sorted(metrics["test_class_accuracy"].items(), key=lambda item: item[1])
     shown = 3 if len(weakest) <= 20 else 10
     print("  lowest accuracy")
@@ -1159,7 +1178,10 @@ def report(
         summary["last_test_error"] = 100 - last_evaluation.top1
     model.load_state_dict(run["best_model"])
     use_views = USE_VIEWS[config.augment]
-    temperature = find_temperature(model, val_loader, config.precision, use_views)
+    temperature = 1.0
+    if val_loader:
+        logits, labels = predict_logits(model, val_loader, None, config.precision, use_views)
+        temperature = find_temperature(logits, labels)
     if temperature == 1:
         print("note: probabilities are not calibrated: that takes held-out images, and mistakes")
     summary["temperature"] = temperature
@@ -1175,21 +1197,70 @@ def report(
             model, test_loader, config.precision, config.augment, temperature
         )
         summary.update(metrics)
-        what = f"test accuracy {evaluation.top1:.2f} %"
+        what = "test accuracy {:.2f} %"
         which = "best" if val_loader else "last"
         print_test(f"the {which} epoch ({best['epoch']}), {config.dataset}", summary)
         print(f"the number to report: test error {metrics['test_error']:.2f} %, one view")
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
-    title = f"{run_title(config)}: {what}"
+    if not config.no_test:
+        save_tables(folder, test_loader, evaluation, in_use)
+    title = f"{run_title(config)}: {what.format(evaluation.top1)}"
     save_plot(folder / "curves.png", title, plot_results, history, best["epoch"])
-    save_plot(folder / "predictions.png", title, plot_predictions, shown, in_use)
-    save_plot(folder / "confusion.png", title, plot_confusion_matrix, shown, evaluation)
-    save_plot(folder / "filters.png", title, plot_filters, model)
+    save_plots(folder, config, what, shown, evaluation, in_use, model)
     written = [name for name in RUN_FILES if (folder / name).exists()]
     print(f"wrote {folder}: {', '.join(written)}")
     command = command_of({"checkpoint": (folder / "best.pt").as_posix()})
     print(f"to classify a picture: {command} --image FILE")
     return summary
+
+
+def save_tables(
+    folder: Path, loader: CifarLoader, evaluation: Evaluation, in_use: Evaluation
+) -> list[str]:
+    """Write the tables of a test; returns the names of those that were written.
+
+    predictions.csv has what Classifier gives for each image, confusion.csv counts the one view.
+    """
+    classes = loader.classes
+    probabilities, predicted = in_use.log_probabilities.exp().max(1)
+    predictions = []
+    for i, label in enumerate(in_use.labels.tolist()):
+        row = {"file": loader.paths[i]} if loader.paths else {"index": i}
+        row["true_class"] = classes[label]
+        row["predicted_class"] = classes[predicted[i]]
+        row["probability"] = f"{probabilities[i]:.6f}"
+        predictions.append(row)
+    confusion = []
+    for name, counts in zip(classes, confusion_counts(evaluation).tolist()):
+        confusion.append({"true \\ predicted": name, **dict(zip(classes, counts))})
+    failures = {
+        "predictions.csv": save_table(folder / "predictions.csv", predictions),
+        "confusion.csv": save_table(folder / "confusion.csv", confusion),
+    }
+    return [name for name, failure in failures.items() if failure is None]
+
+
+def save_plots(
+    folder: Path, config: Config, what: str, loader: CifarLoader, evaluation: Evaluation,
+    in_use: Evaluation, model: nn.Module,
+) -> list[str]:  # fmt: skip
+    """Draw the plots of an evaluation; returns the names of those that were written.
+
+    `what` is what the images are, with a place for the accuracy.
+    """
+    mirrored = " with the mirror image" if len(USE_VIEWS[config.augment]) > 1 else ""
+    start = run_title(config)
+    title = f"{start}: {what.format(evaluation.top1)}"
+    title_in_use = f"{start}: {what.format(in_use.top1)}{mirrored}"
+    predictions = folder / "predictions.png"
+    confusion = folder / "confusion.png"
+    filters = folder / "filters.png"
+    failures = {
+        predictions: save_plot(predictions, title_in_use, plot_predictions, loader, in_use),
+        confusion: save_plot(confusion, title, plot_confusion_matrix, loader, evaluation),
+        filters: save_plot(filters, title, plot_filters, model),
+    }
+    return [path.name for path, failure in failures.items() if failure is None]
 
 
 def train_seeds(config: Config, passed: dict[str, Any]) -> None:
@@ -1231,7 +1302,8 @@ def train_seeds(config: Config, passed: dict[str, Any]) -> None:
 # ---- The files of a run: last.pt is its whole state, best.pt the network of its best epoch -------
 
 PLOTS = ("curves.png", "predictions.png", "confusion.png", "filters.png")
-RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "summary.json", *PLOTS)
+TABLES = ("predictions.csv", "confusion.csv")  # of the test
+RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "summary.json", *TABLES, *PLOTS)
 
 # What --resume may change; everything else comes from last.pt.
 RESUMABLE = {
@@ -1425,10 +1497,7 @@ def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
     save_checkpoint(folder / "last.pt", run)
     if run["best_model"] and (run["best_epoch"] == run["epoch"] or begins):
         save_best(folder, run)
-    try:
-        write_csv(folder / "metrics.csv", run["history"])
-    except UserError as error:  # a spreadsheet holds it open; the next epoch writes it again
-        print(f"note: {error}")
+    save_table(folder / "metrics.csv", run["history"])  # the next epoch writes it again
     if begins and world()[0] == 0:
         remove_stale_files(folder, run)
 
@@ -1455,7 +1524,7 @@ def remove_stale_files(folder: Path, run: dict[str, Any]) -> None:
         for path in folder.glob(f".{name}.*.tmp"):  # of write_atomically
             path.unlink(missing_ok=True)
     if run["epoch"] < run["config"]["epochs"]:
-        for name in ("summary.json", *PLOTS):
+        for name in ("summary.json", *TABLES, *PLOTS):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -1498,7 +1567,20 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
+
+
+def save_table(path: Path, rows: list[dict[str, Any]]) -> Exception | None:
+    """Write a table. One that fails, held open by a spreadsheet, costs a note, never the run.
+
+    Returns the error.
+    """
+    try:
+        write_csv(path, rows)
+    except UserError as error:
+        print(f"note: {error}")
+        return error
+    return None
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -1584,6 +1666,7 @@ class Classifier:
 
     >>> classifier = Classifier("results/cifar10-best/best.pt")
     >>> classifier("photo.jpg")  # {"cat": 0.93, "dog": 0.04, ...}, the most probable class first
+    >>> classifier([array, picture, file])  # a list of these
     """
 
     def __init__(self, checkpoint: str | Path, device: str = "auto", precision: str = "") -> None:
@@ -1597,8 +1680,17 @@ class Classifier:
         self.temperature = self.trained["temperature"]
         speed_up_lrn(self.model, "off", self.device, self.precision)
 
-    def __call__(self, picture: str | Path) -> dict[str, float]:
-        return self.classify(read_picture(picture, self.trained["white"])[None])[0]
+    def __call__(self, picture: Any) -> Any:
+        """The probability of each class, highest first; for a list of pictures a list of these.
+
+        A picture is a path, the bytes of a file, a file object, an array (H, W, 3) uint8 or a PIL
+        picture. Raises TypeError or ValueError for anything else, OSError for what is unreadable.
+        """
+        if not isinstance(picture, list | tuple):
+            return self([picture])[0]
+        white = self.trained["white"]
+        images = [read_picture(each, white) for each in picture]
+        return self.classify(torch.stack(images)) if images else []
 
     def loader(self, images: Tensor, labels: Tensor) -> CifarLoader:
         """Images (N, 3, 32, 32) uint8 and labels (N,) as batches for this network."""
@@ -1682,8 +1774,11 @@ def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
     return 1 if failures else 0
 
 
-def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
-    """Test a trained network again, as its run did unless flags differ; redraw its plots."""
+def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> int:
+    """Test a trained network again, as its run did unless flags differ; write its tables and plots.
+
+    Returns 1 if one of these could not be written, else 0.
+    """
     path = user_path(config.checkpoint)
     classifier = Classifier(path, config.device, passed.get("precision", ""))
     model = classifier.model
@@ -1703,15 +1798,18 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> None:
     tune_glibc_malloc()
     speed_up_lrn(model, config.compile, classifier.device, classifier.precision)
     loader = classifier.loader(data.test_images, data.test_labels)
+    loader.paths = data.test_paths
     metrics, evaluation, in_use = compute_test_metrics(
         model, loader, classifier.precision, trained.augment, classifier.temperature
     )
     print_test(f"{path} (epoch {classifier.trained['epoch']}) on {trained.dataset}", metrics)
-    title = f"{run_title(trained)}: test accuracy {evaluation.top1:.2f} %"
-    save_plot(folder / "predictions.png", title, plot_predictions, loader, in_use)
-    save_plot(folder / "confusion.png", title, plot_confusion_matrix, loader, evaluation)
-    save_plot(folder / "filters.png", title, plot_filters, model)
-    print(f"wrote {', '.join(PLOTS[1:])} in {folder}")
+    written = save_tables(folder, loader, evaluation, in_use)
+    written += save_plots(
+        folder, trained, "test accuracy {:.2f} %", loader, evaluation, in_use, model
+    )
+    if written:
+        print(f"wrote {', '.join(written)} in {folder}")
+    return 0 if len(written) == len(TABLES) + len(PLOTS[1:]) else 1
 
 
 def print_layers(config: Config) -> None:
@@ -1867,8 +1965,8 @@ def plot_filters(figure: Any, model: nn.Module) -> None:
     axes.axis("off")
 
 
-def save_plot(path: Path, title: str, draw: Callable[..., None], *args: Any) -> None:
-    """Draw a figure and write it. One that fails costs a note, never the run."""
+def save_plot(path: Path, title: str, draw: Callable[..., None], *args: Any) -> Exception | None:
+    """Draw a figure and write it. One that fails costs a note, never the run; returns the error."""
     try:
         os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not exist here; none is needed
         from matplotlib import style
@@ -1884,6 +1982,8 @@ def save_plot(path: Path, title: str, draw: Callable[..., None], *args: Any) -> 
         write_atomically(path, buffer.getvalue())
     except Exception as error:
         print(f"note: no {path.name} ({reason(error)})")
+        return error
+    return None
 
 
 def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
@@ -2539,15 +2639,40 @@ def to_8_bits(picture: Any, white: float | None) -> Any:
     return Image.fromarray(values.round(out=values).astype(np.uint8))
 
 
-def read_picture(path: str | Path, white: dict[str, float] | None = None) -> Tensor:
+def open_picture(source: Any) -> Any:
+    """A path, the bytes of a file, a file object, an array or a PIL picture, as a PIL picture.
+
+    Raises TypeError for anything else, ValueError for an array that is not (H, W, 3) uint8.
+    """
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return source.copy()  # the caller's stays as it is
+    if isinstance(source, np.ndarray):
+        if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8 or not source.size:
+            found = f"{source.shape} {source.dtype}"
+            raise ValueError(f"an array must be (H, W, 3) uint8, not {found}")
+        return Image.fromarray(source)
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source))
+    if isinstance(source, str | os.PathLike):
+        return Image.open(user_path(source))
+    if hasattr(source, "read"):
+        return Image.open(source)
+    kinds = "a path, bytes, a file object, an array (H, W, 3) uint8, a PIL picture"
+    raise TypeError(f"a picture must be {kinds}, or a list of these, not {type(source).__name__}")
+
+
+def read_picture(source: Any, white: dict[str, float] | None = None) -> Tensor:
     """A picture of any size, mode and format as (3, 32, 32) uint8: scaled, its center cropped.
 
-    `white` is the value that is white in gray pictures of integers ("I") and of floating-point
-    values ("F"), for those of more than 8 bits; by default each picture's own range tells.
+    `source` is what `open_picture` takes. `white` is the value that is white in gray pictures of
+    integers ("I") and of floating-point values ("F"), for those of more than 8 bits; by default
+    each picture's own range tells.
     """
     from PIL import Image, ImageOps
 
-    with Image.open(user_path(path)) as picture:
+    with open_picture(source) as picture:
         picture.draft(None, (128, 128))  # decodes a large JPEG at a fraction of its size
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):
@@ -2740,6 +2865,7 @@ def read_image_folders(folder: Path, needs_test: bool, white: dict[str, float] |
         val_labels=labels["val"],
         white=white,
         files=digest_of_files(parts),
+        test_paths=[str(path) for path in parts.get("test", ())],
     )
 
 
@@ -3107,7 +3233,7 @@ def run_command(config: Config, passed: dict[str, Any]) -> int:
     if config.summary:
         print_layers(config)
     elif config.evaluate:
-        evaluate_checkpoint(config, passed)
+        return evaluate_checkpoint(config, passed)
     elif config.checkpoint:
         return classify_pictures(config, passed)
     elif config.seeds:

@@ -1,11 +1,19 @@
 """What is printed as a probability: its views, its temperature, and the tables that hold it."""
 
+import collections
+import csv
+import io
 import json
 import math
+import re
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call, quick_flags
+from PIL import Image
 from test_resume import finish, read
 from torch import nn
 
@@ -90,7 +98,7 @@ def test_a_network_without_a_mistake_on_held_out_images_does_not_become_certain(
         labels = torch.tensor([0] * 5 + [1] * 5)
         labels[:wrong] = 1
         loader = ck.CifarLoader(images, labels, ["dark", "light"], [0.5] * 3, [0.5] * 3)
-        temperature = ck.find_temperature(model, loader, "fp32", [ck.CENTER])
+        temperature = ck.find_temperature(*ck.predict_logits(model, loader, views=[ck.CENTER]))
         assert (temperature == 1) == (wrong == 0)
         assert 0.1 < temperature < 10
     # one of ten wrong: 90 % is what makes that most likely, which logits of ±0.3 / T give
@@ -103,3 +111,190 @@ def test_calibration_error_is_the_gap_between_probability_and_accuracy_by_bins(c
     # bins of 1/15: .95 and .96 (one right), .55 and .59 (both right), .7 (right)
     expected = 100 * (abs(1.91 - 1) + abs(1.14 - 2) + abs(0.7 - 1)) / 5
     assert ck.calibration_error(p.log(), labels) == pytest.approx(expected, rel=1e-5)
+
+
+# What Classifier takes
+
+
+def test_a_classifier_takes_paths_pictures_arrays_bytes_files_and_lists_of_them(ck, small, trained):
+    classifier = ck.Classifier(trained / "best.pt", "cpu")
+    path = next(small.rglob("*.png"))
+    content = path.read_bytes()
+    picture = Image.open(path)
+    pixels = np.array(picture.convert("RGB"))
+    with open(path, "rb") as file:
+        sources = [path, str(path), content, io.BytesIO(content), file, picture, pixels]
+        results = classifier(sources)
+        singles = [classifier(source) for source in sources]
+    assert classifier([]) == []
+    assert len(results) == len(sources) and isinstance(results[0], dict)
+    for result in results + singles:
+        assert result == pytest.approx(results[0], abs=1e-6)
+    assert [*singles[0].values()] == sorted(singles[0].values(), reverse=True)
+
+
+def test_a_picture_that_is_passed_is_left_as_it_is(ck, trained, tmp_path):
+    """Even one that has only been opened: a JPEG would be decoded smaller, a file closed."""
+    Image.new("RGB", (1000, 800), "red").save(tmp_path / "a.jpg")
+    classifier = ck.Classifier(trained / "best.pt", "cpu")
+    with Image.open(tmp_path / "a.jpg") as picture:
+        classifier(picture)
+        assert picture.size == (1000, 800)
+        picture.load()
+    with open(tmp_path / "a.jpg", "rb") as file:
+        classifier(file)
+        assert not file.closed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        (5, TypeError, "int"),
+        (None, TypeError, "NoneType"),
+        (torch.zeros(3, 32, 32), TypeError, "Tensor"),
+        ({"a": 1}, TypeError, "dict"),
+        (np.zeros((32, 32), np.uint8), ValueError, r"\(32, 32\) uint8"),
+        (np.zeros((3, 32, 32), np.uint8), ValueError, r"\(3, 32, 32\) uint8"),
+        (np.zeros((32, 32, 3)), ValueError, "float64"),
+        (np.zeros((0, 32, 3), np.uint8), ValueError, r"\(0, 32, 3\)"),
+        (b"no picture", OSError, "image"),
+        ("missing.png", OSError, "missing.png"),
+    ],
+)
+def test_anything_else_is_an_error_that_says_what_it_takes(ck, wrong, error, says, trained):
+    classifier = ck.Classifier(trained / "best.pt", "cpu")
+    for argument in (wrong, [wrong]):
+        with pytest.raises(error, match=says) as caught:
+            classifier(argument)
+        if error is not OSError:
+            assert "(H, W, 3) uint8" in str(caught.value)
+
+
+# The tables of a test
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_csv_has_for_each_picture_what_image_prints(small, trained, tmp_path):
+    table = rows(trained / "predictions.csv")
+    best = trained / "best.pt"
+    printed = call("--checkpoint", best, "--image-dir", small / "test", "--json", cwd=tmp_path)
+    by_file = {row["file"]: row["classes"] for row in json.loads(printed.out)}
+    assert [row["file"] for row in table] == [*by_file] and len(table) == 50
+    for row in table:
+        name, probability = next(iter(by_file[row["file"]].items()))
+        assert row["predicted_class"] == name
+        assert float(row["probability"]) == pytest.approx(probability, abs=1e-5)
+        assert row["true_class"] == Path(row["file"]).parent.name
+    wrong = sum(row["true_class"] != row["predicted_class"] for row in table)
+    assert read(trained / "summary.json")["test_error_with_mirror"] == pytest.approx(2 * wrong)
+
+
+def test_the_calibration_error_follows_from_predictions_csv(trained):
+    bins = collections.defaultdict(list)
+    for row in rows(trained / "predictions.csv"):
+        p = float(row["probability"])
+        bins[int(15 * p)].append(p - (row["true_class"] == row["predicted_class"]))
+    expected = 100 * sum(abs(sum(gaps)) for gaps in bins.values()) / 50
+    error = read(trained / "summary.json")["test_calibration_error"]
+    assert error == pytest.approx(expected, abs=0.01)
+
+
+def test_confusion_csv_counts_the_images_of_the_error_to_report(trained):
+    table = rows(trained / "confusion.csv")
+    summary = read(trained / "summary.json")
+    classes = [*table[0]][1:]
+    assert [row["true \\ predicted"] for row in table] == classes == [*summary["test_class_images"]]
+    counts = np.array([[int(row[name]) for name in classes] for row in table])
+    assert (counts.sum(1) == 5).all() and len(counts) == 10
+    assert 100 - 2 * counts.trace() == pytest.approx(summary["test_error"])
+
+
+def test_evaluate_writes_the_same_tables_and_with_indices_where_no_file_is(trained, tmp_path):
+    evaluate = ("--checkpoint", trained / "best.pt", "--evaluate", "--compile", "off")
+    result = call(*evaluate, "--output-dir", "again", cwd=tmp_path)
+    assert result.code == 0 and "predictions.csv, confusion.csv" in result.out
+    for name in ("predictions.csv", "confusion.csv"):
+        assert (tmp_path / "again" / name).read_text() == (trained / name).read_text()
+    result = call(*evaluate, "--dataset", "cifar10-mini", "--output-dir", "mini", cwd=tmp_path)
+    assert result.code == 0
+    table = rows(tmp_path / "mini" / "predictions.csv")
+    assert [row["index"] for row in table] == [str(i) for i in range(1000)]
+
+
+def test_a_run_that_goes_on_without_a_test_keeps_no_table_of_the_shorter_one(trained, tmp_path):
+    finish("--resume", "run/last.pt", "--epochs", 3, "--no-test", cwd=tmp_path)
+    assert not [*trained.glob("predictions.csv")] and not [*trained.glob("confusion.csv")]
+
+
+def test_a_name_that_is_not_unicode_is_in_the_table_as_it_is(ck, tmp_path):
+    name = b'\xff, "a"'.decode(errors="surrogateescape")
+    assert ck.save_table(tmp_path / "a.csv", [{"file": name}]) is None
+    assert b"\xff" in (tmp_path / "a.csv").read_bytes()
+
+
+@pytest.mark.parametrize("blocked", [["confusion.png"], ["predictions.csv", "filters.png"]])
+def test_evaluate_lists_what_it_wrote_and_the_exit_code_tells_of_the_rest(
+    blocked, trained, tmp_path
+):
+    for name in blocked:
+        (tmp_path / "out" / name).mkdir(parents=True)  # where no file can be
+    evaluate = ("--checkpoint", trained / "best.pt", "--evaluate", "--compile", "off")
+    result = call(*evaluate, "--output-dir", "out", cwd=tmp_path)
+    assert result.code == 1
+    (wrote,) = [line for line in result.out.splitlines() if line.startswith("wrote ")]
+    notes = [line for line in result.out.splitlines() if line.startswith("note: ")]
+    names = {"predictions.csv", "confusion.csv", "predictions.png", "confusion.png", "filters.png"}
+    assert {name for name in names if name in wrote} == names - {*blocked}
+    assert len(notes) == len(blocked) and all(name in "".join(notes) for name in blocked)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no file")
+def test_evaluate_into_a_folder_that_cannot_be_written_claims_nothing(trained, tmp_path):
+    evaluate = ("--checkpoint", trained / "best.pt", "--evaluate", "--compile", "off")
+    result = call(*evaluate, "--output-dir", "/proc", cwd=tmp_path)
+    assert result.code == 1 and "wrote" not in result.out
+    assert "error, one view" in result.out
+
+
+# Classes
+
+
+@pytest.fixture
+def unequal(small, tmp_path) -> Path:
+    """Two classes of pictures, one with five times as many for the test."""
+    folder = tmp_path / "unequal"
+    for part, name, count in (
+        ("train", "cat", 20), ("train", "ship", 20), ("test", "cat", 5), ("test", "ship", 1)
+    ):  # fmt: skip
+        (folder / part / name).mkdir(parents=True)
+        for path in sorted((small / part / name).glob("*.png"))[:count]:
+            shutil.copy(path, folder / part / name)
+    return folder
+
+
+def test_balanced_accuracy_stands_beside_the_error_where_classes_are_unequal(
+    unequal, trained_once, tmp_path
+):
+    out = finish(*quick_flags(unequal), "--output-dir", "run", cwd=tmp_path)
+    summary = read(tmp_path / "run" / "summary.json")
+    mean = np.mean([*summary["test_class_accuracy"].values()])
+    assert summary["test_class_images"] == {"cat": 5, "ship": 1}
+    assert summary["test_balanced_accuracy"] == pytest.approx(mean)
+    assert re.search(rf"balanced accuracy +{mean:.2f} %", out)
+    assert "balanced accuracy" not in trained_once[1].out
+
+
+def test_no_class_is_called_the_weakest_by_few_images(ck, trained_once, capsys):
+    assert "too few test images of a class (5)" in trained_once[1].out
+    assert "lowest accuracy" not in trained_once[1].out
+    summary = read(trained_once[0] / "summary.json")
+    many = dict.fromkeys(summary["test_class_images"], 1000)
+    ck.print_test("many", {**summary, "test_class_images": many})
+    out = capsys.readouterr().out
+    assert "lowest accuracy" in out and "too few" not in out
+    weakest = min(summary["test_class_accuracy"].items(), key=lambda item: item[1])
+    assert re.search(rf"{weakest[0]} +{weakest[1]:.1f} %", out)

@@ -198,7 +198,8 @@ def test_evaluation_gives_the_errors_of_the_run_and_draws_its_plots_again(
     summary = json.loads((trained / "summary.json").read_text())
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
     drawn = {"predictions.png", "confusion.png", "filters.png"}
-    for name in drawn:
+    tables = {"predictions.csv", "confusion.csv"}
+    for name in drawn | tables:
         (trained / name).unlink()
     out = evaluate(trained / "best.pt", cwd=tmp_path)
     for key in ("test_error", "test_error_multi_view"):
@@ -206,15 +207,12 @@ def test_evaluation_gives_the_errors_of_the_run_and_draws_its_plots_again(
         text = f"{summary[key]:.2f} %  (95 % interval {low:.2f} to {high:.2f})"
         assert text in out
     assert f"{summary['test_loss']:.4f}" in out
-    weakest = sorted(summary["test_class_accuracy"].items(), key=lambda item: item[1])[:3]
-    for name, percent in weakest + [*summary["test_most_confused"].items()][:3]:
-        assert re.search(rf"{name} +{percent:.1f} %", out)
     assert {path.name for path in trained.iterdir()} == before.keys()
     for name in before.keys() - drawn:
         assert (trained / name).read_bytes() == before[name]
     monkeypatch.setattr(ck, "save_plot", lambda path, *_: path.touch())
     evaluate("run/best.pt", "--output-dir", "other/place", cwd=tmp_path)
-    assert {path.name for path in (tmp_path / "other" / "place").iterdir()} == drawn
+    assert {path.name for path in (tmp_path / "other" / "place").iterdir()} == drawn | tables
 
 
 @pytest.mark.parametrize("spelling", ["{}", "~/data"])
