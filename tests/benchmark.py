@@ -4,6 +4,7 @@
     python tests/benchmark.py                                     # three rounds on this machine
     python tests/benchmark.py --rounds 7 --steps 30 --json results/speed.json
     python tests/benchmark.py --networks --steps 5 --json results/networks.json
+    python tests/benchmark.py --of-2012 --rounds 7 --json results/speed-80sec.json
 
 Every number comes from a fresh process. The contenders run in turn, round after round, so that a
 machine that slows down slows all of them. A step is a whole step: data, augmentation, forward,
@@ -36,7 +37,7 @@ BATCH_SIZE = 128
 
 
 class Contender(NamedTuple):
-    """`kind` is listed, script, floor or inference; precision to model are flags of the script."""
+    """`kind` is listed, script, plain, floor or inference; precision to model are the script's flags."""
 
     title: str
     kind: str
@@ -44,6 +45,7 @@ class Contender(NamedTuple):
     compile: str = "auto"
     norm: str = "lrn"
     model: str = "krizhevsky"
+    recipe: str = ""
     malloc: bool = True  # with the settings of memory that `main` makes
     cold: bool = False  # with an empty compile cache
 
@@ -63,7 +65,12 @@ CONTENDERS = {
 MODELS = ("krizhevsky", "five-conv", "alexnet", "compact")
 NETWORKS = {f"{model}-training": Contender(model, "script", model=model) for model in MODELS}
 NETWORKS |= {f"{model}-inference": Contender(model, "inference", model=model) for model in MODELS}
-ALL = CONTENDERS | NETWORKS
+OF_2012 = {
+    "listed": CONTENDERS["listed"],
+    "80sec": Contender("this script, `--recipe 80sec`", "script", recipe="80sec"),
+    "80sec-plain": Contender("a plain loop of the same network", "plain", recipe="80sec"),
+}
+ALL = CONTENDERS | NETWORKS | OF_2012
 
 # --------------------------------------------------------------------------------------------------
 # The contenders. Each function returns one that takes a number of steps
@@ -142,20 +149,21 @@ def this_script(
     """What takes training steps, or passes over the held-out images; its images; if compiled."""
     from torch import nn, optim
 
-    config = script.Config(model=contender.model, norm=contender.norm)
+    settings = {"model": contender.model, **script.RECIPES.get(contender.recipe, {})}
+    config = script.Config(**{"norm": contender.norm, **settings})
     train_loader, val_loader, _ = script.get_cifar_data_loaders(
-        BATCH_SIZE, data_name(data_dir), data_dir, device=device
-    )
+        BATCH_SIZE, data_name(data_dir), data_dir, config.val_size, device=device,
+        inputs=config.inputs, augment=config.augment,
+        crop_size=script.input_size(script.MODELS[config.model]),
+    )  # fmt: skip
     model = script.build_model(config, len(train_loader.classes))
     model = model.to(device, memory_format=script.memory_format(device))
     compiled = script.speed_up_lrn(model, contender.compile, device, precision)
+    groups = script.parameter_groups(model, config.lr, config.weight_decay)
     if device.type == "cuda" and contender.compile != "off":
         model = script.CudaGraphs(model, next(iter(train_loader))[0], precision)
     criterion = nn.CrossEntropyLoss()
-    optimizer = optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay,
-        fused=device.type == "cuda",
-    )  # fmt: skip
+    optimizer = optim.SGD(groups, momentum=config.momentum, fused=device.type == "cuda")
     batches = full_batches(train_loader)
 
     def advance(steps: int) -> None:
@@ -169,6 +177,51 @@ def this_script(
     if contender.kind == "inference":
         return infer, len(val_loader.labels), compiled
     return advance, BATCH_SIZE, compiled
+
+
+def plain_80sec(script: Any, device: Any, precision: str, data_dir: str) -> Advance:
+    """80sec as a good engineer would write it in twenty lines, with its data in memory."""
+    import torch
+    from torch import nn, optim
+
+    data = script.read_dataset(data_name(data_dir), data_dir)
+    images = data.images.to(device).float()
+    images = (images - images.mean(0)).contiguous(memory_format=torch.channels_last)
+    labels = data.labels.to(device)
+    layers = [
+        nn.Conv2d(3, 32, 5, padding=2), nn.MaxPool2d(3, 2, ceil_mode=True), nn.ReLU(inplace=True),
+        nn.Conv2d(32, 32, 5, padding=2), nn.ReLU(inplace=True), nn.AvgPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(inplace=True), nn.AvgPool2d(3, 2, ceil_mode=True),
+        nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(inplace=True), nn.Linear(64, 10),
+    ]  # fmt: skip
+    model = nn.Sequential(*layers).to(device, memory_format=torch.channels_last)
+    factors = {0: 1, 3: 1, 6: 1, 10: 7.5, 12: 7.5}
+    groups = []
+    for number, factor in factors.items():
+        layer = model[number]
+        groups.append({"params": [layer.weight], "lr": 0.001, "weight_decay": 0.004 * factor})
+        groups.append({"params": [layer.bias], "lr": 0.002})
+    optimizer = optim.SGD(groups, momentum=0.9)
+    criterion = nn.CrossEntropyLoss()
+
+    def batches() -> Iterator[Any]:
+        while True:
+            for index in torch.randperm(len(labels), device=device).split(BATCH_SIZE):
+                if len(index) == BATCH_SIZE:
+                    yield images[index], labels[index]
+
+    endless = batches()
+
+    def advance(steps: int) -> None:
+        model.train()
+        for x, y in itertools.islice(endless, steps):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = criterion(model(x).float(), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return advance
 
 
 def arithmetic_floor(script: Any, device: Any, precision: str) -> Advance:
@@ -236,6 +289,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             return {"skipped": f"{device} has no native bf16"}
         if contender.kind == "listed":
             advance = listed_script(script, device, args)
+        elif contender.kind == "plain":
+            advance = plain_80sec(script, device, precision, args.data_dir)
         elif contender.kind == "floor":
             advance = arithmetic_floor(script, device, precision)
         else:
@@ -292,7 +347,7 @@ def run_child(name: str, args: argparse.Namespace, steps: int | None) -> dict[st
 
 def run_rounds(args: argparse.Namespace) -> Results:
     """Run every contender once a round; a skipped one is not tried again."""
-    contenders = NETWORKS if args.networks else CONTENDERS
+    contenders = NETWORKS if args.networks else OF_2012 if args.of_2012 else CONTENDERS
     results: Results = {name: [] for name in contenders}
     for name, contender in contenders.items():  # fill the compile cache
         if contender.kind == "script" and contender.compile == "auto" and not contender.cold:
@@ -302,6 +357,24 @@ def run_rounds(args: argparse.Namespace) -> Results:
             print(f"round {number} of {args.rounds}: {name}", file=sys.stderr)
             results[name].append(run_child(name, args, args.steps))
     return results
+
+
+def of_2012_rows(results: Results) -> list[dict[str, str]]:
+    """The table of 80sec beside a plain loop of it, and the listed script for the machine."""
+    rates = {name: [run["images_per_second"] for run in runs] for name, runs in results.items()}
+    rows = []
+    for name, runs in results.items():
+        by_round = [a / b for a, b in zip(rates[name], rates["80sec-plain"])]
+        rows.append(
+            {
+                "contender": OF_2012[name].title,
+                "precision": runs[0]["precision_used"],
+                "images/s": median_and_range(rates[name], ",.0f"),
+                "× plain loop": median_and_range(by_round, ".2f"),
+                "n": len(runs),
+            }
+        )
+    return rows
 
 
 def median_and_range(values: list[float], form: str) -> str:
@@ -377,6 +450,7 @@ def main() -> None:
     add("--workers", type=int, default=2, help="DataLoader workers of the listed script")
     add("--json", metavar="FILE", help="write all raw numbers there")
     add("--networks", action="store_true", help="compare the networks of --model instead")
+    add("--of-2012", action="store_true", help="compare 80sec with a plain loop of it instead")
     add("--contender", choices=ALL, metavar="NAME", help="run only this one, once, in this process")
     add("--started", type=float, default=started, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -390,8 +464,9 @@ def main() -> None:
     for name, why in skipped.items():
         print(f"skipped {name}: {why}")
     if "listed" in results or args.networks:
+        make_rows = network_rows if args.networks else of_2012_rows if args.of_2012 else speed_rows
         print(conditions(args, next(iter(results.values()))[0], load))
-        print(markdown(network_rows(results) if args.networks else speed_rows(results)))
+        print(markdown(make_rows(results)))
     if args.json:
         content = {"date": datetime.now().isoformat(), "arguments": vars(args)}
         content |= {"load_average_before": load, "results": results}
