@@ -96,10 +96,10 @@ class Config:
 
     # data
     dataset: str            = flag("cifar10", "cifar10, cifar100, cifar10-mini, or a folder of pictures")
-    data_dir: str           = flag("data", "where the data sets are kept; the first run downloads them")
+    data_dir: str           = flag("data", "where CIFAR is kept; the first run downloads it")
     val_size: int | None    = flag(None, "training images held out (default: a tenth); 0: none", ">= 0")
     augment: str            = flag("crop-flip", "how training images vary", choices=["crop-flip", "crop", "none"])
-    inputs: str             = flag("standardized", "0-255: minus the mean color only; or minus the mean image", choices=["standardized", "0-255", "mean-image"])
+    inputs: str             = flag("standardized", "0-255 and mean-image: only minus the mean", choices=["standardized", "0-255", "mean-image"])
     # network
     model: str              = flag("krizhevsky", "which network")  # a name in MODELS
     norm: str               = flag("lrn", "none takes LRN out of a network that has it", choices=["lrn", "none"])
@@ -116,10 +116,10 @@ class Config:
     batch_size: int         = flag(128, "images per step", ">= 1")
     lr: float               = flag(0.01, "initial learning rate", "> 0")
     momentum: float         = flag(0.9, "SGD momentum", ">= 0", "< 1")
-    weight_decay: float     = flag(5e-4, "L2 penalty on all parameters", ">= 0")
+    weight_decay: float     = flag(5e-4, "L2 penalty; in 80sec to 11pct times a factor of the layer", ">= 0")
     label_smoothing: float  = flag(0.0, "label smoothing", ">= 0", "< 1")
     gamma: float            = flag(0.1, "learning rate factor at each milestone", "> 0")
-    milestones: list[float] = flag([0.3, 0.6, 0.8], "epochs after which lr drops; below 1: fractions", "> 0", nargs="+")
+    milestones: list[float] = flag([0.3, 0.6, 0.8], "epochs after which lr drops; below 1: fractions of all", "> 0", nargs="+")
     seed: int               = flag(0, "seed of weights, order, crops, flips, dropout; not the split", ">= 0")
     seeds: int | None       = flag(None, "run seeds 0 to N-1, each in its folder; print mean and std", ">= 1")
     # evaluation
@@ -165,7 +165,7 @@ RECIPES = {  # test error on CIFAR-10, one view, in %
     "few": {  # for --init-from with some hundred pictures of one's own
         **BASE, "epochs": 60, "batch_size": 32, "lr": 0.01, "milestones": [0.6, 0.85], "gamma": 0.2,
     },
-    # Krizhevsky's own of 2012, named after the errors that he published
+    # Krizhevsky's own of 2012, named after the errors that he published; 13pct, 11pct: on ten views
     "80sec": {  # 25.6
         **OF_2012, "model": "80sec", "augment": "none", "epochs": 10, "milestones": [0.8],
     },
@@ -176,7 +176,7 @@ RECIPES = {  # test error on CIFAR-10, one view, in %
     "13pct": {
         **OF_2012, "model": "13pct", "epochs": 140, "milestones": [6 / 7, 13 / 14],
     },
-    "11pct": {  # ten views
+    "11pct": {
         **OF_2012, "model": "11pct", "epochs": 450,
         "milestones": [43 / 45, 44 / 45], "lrn_size": 9, "lrn_alpha": 1e-3, "lrn_k": 1.0,
     },
@@ -300,8 +300,8 @@ class KrizhevskyNet(nn.Module):
         return self.fc3(x)
 
 
-WITH_LRN = ("krizhevsky", "18pct", "11pct", "alexnet")
-TinyImageNet = KrizhevskyNet  # its name in the architecture document; not the data set of that name
+WITH_LRN = ("krizhevsky", "18pct", "11pct", "alexnet")  # their classes take `lrn`
+TinyImageNet = KrizhevskyNet  # its name in the document it is from; not the data set of that name
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -309,7 +309,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
     if config.model in WITH_LRN:
         constants = (config.lrn_size, config.lrn_alpha, config.lrn_beta, config.lrn_k)
-        options["lrn"] = constants if config.norm == "lrn" else None
+        options["lrn"] = {"lrn": constants, "none": None}[config.norm]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 0, 0))
         return MODELS[config.model](num_classes, **options)
@@ -500,7 +500,7 @@ def make_loaders(
     data: Dataset, batch_size: int, val_size: int | None, seed: int, device: torch.device | str,
     inputs: str, augment: str, crop_size: int, statistics: tuple[Any, Any] | None = None,
 ) -> tuple[CifarLoader, CifarLoader | None, CifarLoader | None]:  # fmt: skip
-    """The loaders of a data set: see `get_cifar_data_loaders`. Without test images no test loader."""
+    """The loaders of a data set: see `get_cifar_data_loaders`. One without images is None."""
     mean = list(data.mean)
     std = list(data.std)
     if inputs != "standardized":
@@ -593,7 +593,8 @@ def train_one_epoch(
 
     Both are measured while training: on augmented images, with weights that change at every step.
 
-    Raises UserError if the loss or a weight is infinite or NaN; at the end, so that no step waits.
+    Raises UserError if the loss or a weight is infinite or NaN. That is looked at once, at the end:
+    in every step it would wait for a GPU.
     """
     device = torch.device(device)
     model.train()
@@ -657,12 +658,11 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     groups = parameter_groups(model, config.lr, config.weight_decay)
     optimizer = optim.SGD(groups, momentum=config.momentum)
     milestones = resolve_milestones(config.milestones, config.epochs)
-    # in optim.lr_scheduler; optim.MultiStepLR, as the architecture document has it, does not exist
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
-    if "model" in run:
+    if "model" in run:  # it is resumed
         restore(run, folder / "last.pt", model, optimizer, scheduler)
     for group in optimizer.param_groups:
-        group["fused"] = device.type == "cuda" or None  # one kernel for all weights
+        group["fused"] = device.type == "cuda" or None  # one kernel for all weights of a group
     check_data(run, data, loaders, config.dataset)
 
     # All is checked: the folder is made, and what was chosen is stored, for a resumed run to keep
@@ -689,6 +689,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         statistics=(train_loader.mean, train_loader.std),
         model=cpu_state_dict(model),
         optimizer=optimizer.state_dict(),
+        scheduler=scheduler.state_dict(),
         setup_seconds=time.perf_counter() - started,
     )
     save_run(folder, run, begins=True)  # a full disk is noticed now, not after an epoch
@@ -733,6 +734,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         run["history"].append(row)
         run["model"] = cpu_state_dict(model)
         run["optimizer"] = optimizer.state_dict()
+        run["scheduler"] = scheduler.state_dict()
         run["best_epoch"] = find_best(run["history"], config.select)
         if run["best_epoch"] == epoch:
             run["best_model"] = run["model"]
@@ -759,25 +761,31 @@ def check_recipe(config: Config) -> None:
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """What SGD takes: one group, or those of a network that names the `decay_factors` of its layers.
+    """What SGD takes: all parameters alike, or as a network with `decay_factors` has it.
 
     Those are cuda-convnet's: a layer's factor times the weight decay for its weight; for its bias
-    twice the learning rate and no decay.
+    twice the learning rate and no decay. A layer that is not named has the factor 1.
     """
-    if not hasattr(model, "decay_factors"):
+    factors = getattr(model, "decay_factors", None)
+    if factors is None:
         return [{"params": [*model.parameters()], "lr": lr, "weight_decay": weight_decay}]
     groups = []
-    for name, factor in model.decay_factors.items():
-        layer = model.get_submodule(name)
-        groups.append({"params": [layer.weight], "lr": lr, "weight_decay": factor * weight_decay})
-        groups.append({"params": [layer.bias], "lr": 2 * lr, "weight_decay": 0.0})
+    for name, parameter in model.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        group = {"params": [parameter], "lr": lr, "weight_decay": weight_decay}
+        if kind == "bias":
+            group["lr"] = 2 * lr
+            group["weight_decay"] = 0.0
+        else:
+            group["weight_decay"] *= factors.get(layer, 1.0)
+        groups.append(group)
     return groups
 
 
 def resolve_milestones(milestones: Iterable[float] | None, epochs: int) -> list[int]:
     """The epochs after which the learning rate drops, from epochs and fractions of all epochs."""
     resolved = set()
-    for milestone in milestones or (0.3, 0.6, 0.8):
+    for milestone in milestones or (0.3, 0.6, 0.8):  # None in two published best.pt
         if milestone < 1:
             milestone = milestone * epochs
         resolved.add(max(1, round(milestone)))  # never 0: MultiStepLR would drop at once
@@ -804,7 +812,7 @@ def with_progress(dataloader: CifarLoader, title: str) -> Iterator[tuple[Tensor,
     started = time.perf_counter()
     for number, batch in enumerate(dataloader, start=1):
         yield batch
-        if stop.requested:  # and its exception was swallowed
+        if stop.requested:  # and torch.compile has swallowed the exception
             raise KeyboardInterrupt
         if sys.stdout.isatty() and number % 10 == 0:
             rate = number * dataloader.batch_size / (time.perf_counter() - started)
@@ -828,7 +836,8 @@ def print_run(
         f"data      {config.dataset}: {train_size:,} training, {val_size:,} validation, "
         f"{test_size:,} test images of {len(classes)} classes"
     )
-    print(f"network   {config.model}, {parameters:,} parameters, seed {config.seed}")
+    norm = f", norm {config.norm}" if config.model in WITH_LRN else ""
+    print(f"network   {config.model}{norm}, {parameters:,} parameters, seed {config.seed}")
     print(
         f"training  {config.epochs} epochs, batch size {config.batch_size}, learning rate "
         f"{config.lr:g}, x {config.gamma:g} after epochs {drops}, "
@@ -893,7 +902,8 @@ def print_epoch(run: dict[str, Any]) -> None:
         mark = " *" if run["best_epoch"] == epoch else ""
     groups.append([f"{row['images_per_second']:,.0f}", f"{row['seconds']:.1f}", str(left)])
     if epoch > 1 and row["learning_rate"] != run["history"][-2]["learning_rate"]:
-        print(f"{'':>8}the learning rate is now {row['learning_rate']:g}".ljust(80))
+        line = f"{'':>8}the learning rate is now {row['learning_rate']:g}"
+        print(f"{line:<80}")  # over the line of progress
     print_cells(groups, mark)
 
 
@@ -1176,7 +1186,7 @@ def report(
     if not config.no_test:
         last_evaluation = evaluate_model(model, test_loader, precision=config.precision)
         summary["last_test_error"] = 100 - last_evaluation.top1
-    model.load_state_dict(run["best_model"])
+    model.load_state_dict(run["best_model"])  # what follows is about the best epoch
     use_views = USE_VIEWS[config.augment]
     temperature = 1.0
     if val_loader:
@@ -1305,7 +1315,7 @@ PLOTS = ("curves.png", "predictions.png", "confusion.png", "filters.png")
 TABLES = ("predictions.csv", "confusion.csv")  # of the test
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "summary.json", *TABLES, *PLOTS)
 
-# What --resume may change; everything else comes from last.pt.
+# What --resume may change, if it is passed; everything else comes from last.pt.
 RESUMABLE = {
     "dataset",
     "data_dir",
@@ -1378,7 +1388,12 @@ def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Confi
 
 
 def new_run(config: Config) -> dict[str, Any]:
-    """The state of a run before its first epoch; with `init_from` that of a trained network."""
+    """The state of a run before its first epoch; with `init_from` that of a trained network.
+
+    These keys, and what `train` adds once all is checked: config, hardware, command, classes,
+    statistics (mean and std), white, data and pixels (the identity of the images), model,
+    optimizer, scheduler.
+    """
     run = {
         "asked": asdict(config),
         "epoch": 0,
@@ -1412,10 +1427,22 @@ def make_folder(folder: Path | None, config: Config) -> Path:
     return folder
 
 
+def named_settings(passed: dict[str, Any]) -> set[str]:
+    """The settings that flags name, by themselves or by a recipe.
+
+    A recipe's epochs are not among them: its command also continues a run that was lengthened.
+    """
+    by_recipe = set(RECIPES.get(passed.get("recipe"), {})) - {"epochs"}
+    if "init_from" in passed:
+        by_recipe -= set(NETWORK)  # the trained network names them
+    return set(passed) | by_recipe
+
+
 def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Path) -> Config:
     """The configuration to continue with: that of last.pt, with the named settings of RESUMABLE.
 
-    Raises UserError for another named one that contradicts it, and for fewer epochs than are done.
+    A setting that differs from last.pt is taken if it is named and in RESUMABLE; a UserError if it
+    is named and not; and noted if it is not named. So are fewer epochs than are done a UserError.
     """
     old = run["config"]
     differ = {}
@@ -1460,7 +1487,10 @@ def copy_weights(weights: dict[str, Tensor], model: nn.Module, path: str) -> Non
     if len(new) == len(own):
         raise UserError(f"--init-from {path}: none of its weights fits this network", 2)
     model.load_state_dict(own)
-    print(f"weights   from {path}, but new: {', '.join(new) or 'none'}")
+    unused = sorted(weights.keys() - (own.keys() - new))
+    parts = {"new": new, "unused": unused}
+    named = [f"{part}: {', '.join(names)}" for part, names in parts.items() if names]
+    print("; ".join([f"weights   from {path}", *named]))
 
 
 def check_data(
@@ -1486,7 +1516,7 @@ def restore(
     with checkpoint_errors(path):
         model.load_state_dict(run["model"])
         optimizer.load_state_dict(run["optimizer"])
-        scheduler.load_state_dict({"last_epoch": run["epoch"]})
+        scheduler.load_state_dict(run["scheduler"])
 
 
 def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
@@ -1634,7 +1664,7 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: v.to("cpu", copy=True).contiguous() for name, v in model.state_dict().items()}
 
 
-# ==== Reference: nobody needs what follows to understand a run ====================================
+# ==== Reference: how the parts above are done, to look up =========================================
 
 # ---- Using a trained network ---------------------------------------------------------------------
 
@@ -1999,10 +2029,10 @@ def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
 
 # ---- Krizhevsky's networks of 2012 ---------------------------------------------------------------
 #
-# From the files layers-*.cfg and layer-params-*.cfg in example-layers/ of cuda-convnet. Named after the errors
-# that he published for CIFAR-10, which `--recipe` of the same name reproduces. A pooling window may hang
-# over the edge, where an average divides by the pixels that are there. ReLU comes after max pooling
-# where he has it before: the same values from a quarter of the work.
+# From layers-*.cfg and layer-params-*.cfg in example-layers/ of cuda-convnet, each named after the
+# error that he published for it on CIFAR-10; the recipe of the same name trains it as he did. A
+# pooling window may hang over the edge, where an average divides by the pixels that are there. ReLU
+# comes after max pooling where he has it before: the same values from a quarter of the work.
 
 
 class MapNormalization(nn.Module):
@@ -2284,7 +2314,7 @@ MODELS = {  # the choices of --model
 
 
 def input_size(network: nn.Module | type) -> int:
-    """The side of the images that a network, or its class, takes; Classifier and --image cut them."""
+    """The side of the images that a network, or its class, takes, which the loader crops."""
     return getattr(network, "input_size", 32)
 
 
@@ -2294,10 +2324,11 @@ def input_size(network: nn.Module | type) -> int:
 #     y_c = x_c s_c
 #     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum(g_i x_i s_i / d_i)
 #               over the channels i whose window contains c, with g = dL/dy
-# Each of the three functions below is a pass over rows of channels, which torch.compile turns into
-# one loop; through autograd it is several times slower. `x` has margins of zeros, size // 2 and
-# (size - 1) // 2 channels wide, for the windows at the ends; `cross` has them the other way round,
-# since its sum is over the windows that contain c. All is fp32 or better: bf16 would round d to k.
+# _lrn_output, _lrn_cross_term and _lrn_gradient are each a pass over rows of channels, which
+# torch.compile turns into one loop; through autograd it is several times slower. `x` has margins of
+# zeros, size // 2 and (size - 1) // 2 channels wide, for the windows at the ends; `cross` has them
+# the other way round, since its sum is over the windows that contain c. All is fp32 or better: bf16
+# would round d to k.
 
 
 def _window_sum(lrn: nn.Module, padded: Tensor) -> Tensor:
@@ -2436,7 +2467,7 @@ def speed_up_lrn(model: nn.Module, wanted: str, device: torch.device, precision:
             logits = trial(images)
         logits.float().sum().backward()  # outside, as training does it
     except Exception as error:
-        print(f"note: running without torch.compile, at half the speed ({reason(error)})")
+        print(f"note: running without torch.compile, slower ({reason(error)})")
         return False
     replace_lrn(model, compiled=True)
     return True
@@ -2679,8 +2710,8 @@ def read_picture(source: Any, white: dict[str, float] | None = None) -> Tensor:
             picture = to_8_bits(picture, (white or {}).get(picture.mode[0]))
         if "A" in picture.mode.upper() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
+            background = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(background, picture)
         picture = picture.convert("RGB")
         picture = ImageOps.fit(picture, (32, 32), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
@@ -2710,7 +2741,7 @@ LOSSES = {  # what a picture loses on its way into the network, without being br
 
 
 def look_at_picture(path: Path) -> tuple[str, float, str]:
-    """The kind and the largest value of a gray picture of many bits, else "" and 0; and its loss."""
+    """The kind and largest value of a gray picture of many bits, else "" and 0; and its loss."""
     from PIL import Image
 
     with contextlib.suppress(Exception), Image.open(path) as picture:  # named when it is read
@@ -2884,7 +2915,7 @@ def with_classes(data: Dataset, classes: list[str]) -> Dataset:
 def read_run_data(
     config: Config, named: Collection[str], saved: dict[str, Any], path: str | Path
 ) -> Dataset:
-    """The data set of a run, with the classes and white of the file at `path`, if it is saved there.
+    """The data set of a run, with the classes and white of the file at `path`, if it has them.
 
     Raises UserError if it has other classes, or is not where the run had it.
     """
@@ -3167,17 +3198,6 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, An
         if name in passed or settings[name] != value:
             config.recipe = None  # it is another one now
     return config, passed
-
-
-def named_settings(passed: dict[str, Any]) -> set[str]:
-    """The settings that flags name, by themselves or by a recipe.
-
-    A recipe's epochs are not among them: its command also continues a run that was lengthened.
-    """
-    by_recipe = set(RECIPES.get(passed.get("recipe"), {})) - {"epochs"}
-    if "init_from" in passed:
-        by_recipe -= set(NETWORK)  # the trained network names them
-    return set(passed) | by_recipe
 
 
 def stop(*_: Any) -> None:

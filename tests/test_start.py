@@ -162,7 +162,8 @@ def test_init_from_takes_over_the_network_and_copies_what_fits(ck, small, tmp_pa
     flags = [*quick_flags(small), "--init-from", PUBLISHED, "--epochs", 1, "--lr", 1e-9]
     result = call(*flags, "--output-dir", "run", "--no-test", cwd=tmp_path)
     assert result.code == 0, result.err
-    assert f"weights   from {PUBLISHED}, but new: fc3.weight, fc3.bias" in result.out
+    line = f"weights   from {PUBLISHED}; new: fc3.weight, fc3.bias; unused: fc3.bias, fc3.weight"
+    assert line in result.out
     source = torch.load(PUBLISHED, weights_only=True)
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     for name in ck.NETWORK:
