@@ -169,6 +169,24 @@ def precision() -> Iterator[dict]:
         yield row
 
 
+def calibration() -> Iterator[dict]:
+    for entry in json.loads((RESULTS / "calibration.json").read_text()):
+        test = entry["test"]
+        held_out = entry.get("held_out", {})
+        row = {"folder": f"`{Path(entry['file']).parent}`", "n": test["images"]}
+        row["held-out error: center"] = percent(held_out.get("error"))
+        row["held-out error: with mirror"] = percent(held_out.get("error_with_mirror"))
+        row["test error: center"] = percent(test["error"])
+        row["test error: with mirror"] = percent(test["error_with_mirror"])
+        row["temperature"] = f"{entry['temperature']:.3f}" if held_out else "1 (none held out)"
+        row["mean probability: with mirror"] = percent(test["mean_probability_before"])
+        row["mean probability: with temperature too"] = percent(test["mean_probability_after"])
+        row["calibration error: center"] = percent(test["calibration_error_one_view"])
+        row["calibration error: with mirror"] = percent(test["calibration_error_before"])
+        row["calibration error: with temperature too"] = percent(test["calibration_error_after"])
+        yield row
+
+
 def speed_h100() -> Iterator[dict]:
     for each in load("speed-h100.json")[0]["results"]:
         has_lrn = each["model"] not in ("five-conv", "compact") and each["norm"] == "lrn"
@@ -201,6 +219,7 @@ TABLES = {
         "search/[qms]*.json", f"{SHORT_SEARCH}, best validation, last validation"
     ),
     "precision": precision,
+    "calibration": calibration,
     "speed": lambda: speed_rows(load("speed.json")[0]["results"]),
     "speed-xeon": lambda: speed_rows(load("speed-xeon.json")[0]["results"]),
     "speed-h100": speed_h100,

@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import data_facts
 import numpy as np
 import pytest
 import torch
@@ -298,3 +299,38 @@ def test_no_class_is_called_the_weakest_by_few_images(ck, trained_once, capsys):
     assert "lowest accuracy" in out and "too few" not in out
     weakest = min(summary["test_class_accuracy"].items(), key=lambda item: item[1])
     assert re.search(rf"{weakest[0]} +{weakest[1]:.1f} %", out)
+
+
+# What is published
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.parent.name))
+def test_published_weights_have_a_temperature_where_images_were_held_out(ck, path):
+    _, best = ck.load_trained(path, torch.device("cpu"))
+    assert (best["temperature"] != 1) == (best["config"].val_size > 0)
+
+
+def test_the_published_calibration_is_of_these_files_and_within_what_readme_says(ck):
+    entries = json.loads((ROOT / "results" / "calibration.json").read_text())
+    assert {ROOT / "results" / entry["file"] for entry in entries} == {*PUBLISHED}
+    for entry in entries:
+        _, best = ck.load_trained(ROOT / "results" / entry["file"], torch.device("cpu"))
+        assert entry["temperature"] == best["temperature"]
+        if best["config"].val_size:
+            assert entry["test"]["calibration_error_after"] < 2.1
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_data_facts_finds_every_close_pair(mirrored):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (300, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    noise = torch.randint(-30, 31, (60, 3, 32, 32), generator=generator)  # 17.6 of RMS
+    originals = images[:60].flip(3) if mirrored else images[:60]
+    images[200:260] = (originals + noise).clamp(0, 255).to(torch.uint8)
+    images[260] = originals[0]
+    found = {(i, j): rms for i, j, rms in data_facts.close_pairs(images, mirrored)}
+    expected = {(i, 200 + i) for i in range(60)} | {(0, 260)}
+    if not mirrored:
+        expected.add((200, 260))
+    assert found.keys() == expected
+    assert found[0, 260] == 0 and 15 < found[1, 201] < 20
