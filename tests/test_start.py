@@ -217,3 +217,67 @@ def test_weights_of_which_none_fits_are_refused(small, tmp_path):
     assert not (tmp_path / "runs").exists()
     message = one_line_error(call("--init-from", "missing.pt", cwd=tmp_path))
     assert "missing.pt" in message
+
+
+# ---- The changes that the README suggests ---------------------------------------------------------
+
+
+def test_a_cosine_instead_of_milestones_is_resumed_to_the_same_bits(
+    ck, small, tmp_path, monkeypatch
+):
+    def cosine(optimizer, milestones, gamma):
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+
+    monkeypatch.setattr(torch.optim.lr_scheduler, "MultiStepLR", cosine)
+    flags = [*quick_flags(small), "--epochs", 4, "--no-test"]
+    assert call(*flags, "--output-dir", "whole", cwd=tmp_path).code == 0
+
+    print_epoch = ck.print_epoch
+
+    def stop_after_two(run):
+        print_epoch(run)
+        if run["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ck, "print_epoch", stop_after_two)
+    assert call(*flags, "--output-dir", "run", cwd=tmp_path).code == 130
+    monkeypatch.setattr(ck, "print_epoch", print_epoch)
+    assert call(*flags, "--output-dir", "run", "--resume", cwd=tmp_path).code == 0
+    whole = (tmp_path / "whole/metrics.csv").read_text().splitlines()
+    resumed = (tmp_path / "run/metrics.csv").read_text().splitlines()
+    columns = [[line.split(",")[:6] for line in lines] for lines in (whole, resumed)]
+    assert columns[0] == columns[1]
+    rates = [float(row[1]) for row in columns[0][1:]]
+    assert rates == pytest.approx([0.01, 0.00853553, 0.005, 0.00146447], rel=1e-4)
+
+
+def test_batch_normalization_in_place_of_lrn_trains_resumes_and_predicts(
+    ck, small, tmp_path, monkeypatch
+):
+    class WithBatchNorm(ck.KrizhevskyNet):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.norm1 = torch.nn.BatchNorm2d(96)
+            self.norm2 = torch.nn.BatchNorm2d(96)
+
+    monkeypatch.setitem(ck.MODELS, "krizhevsky", WithBatchNorm)
+    assert call(*quick_flags(small), "--output-dir", "run", cwd=tmp_path).code == 0
+    assert call("--resume", "run", "--epochs", 3, cwd=tmp_path).code == 0
+    result = call(
+        "--checkpoint", "run/best.pt", "--image-dir", small / "test", "--json", cwd=tmp_path
+    )
+    assert len(json.loads(result.out)) == 50, result.err
+
+
+def test_crops_of_24_in_the_default_network(ck, small, tmp_path, monkeypatch):
+    class Smaller(ck.KrizhevskyNet):
+        input_size = 24
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.fc1 = torch.nn.Linear(192 * 2 * 2, 256)
+
+    monkeypatch.setitem(ck.MODELS, "krizhevsky", Smaller)
+    result = call(*quick_flags(small), "--output-dir", "run", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert "error, 10 views" in result.out
