@@ -326,7 +326,7 @@ FIVE_VIEWS = [CENTER, (0, 0, False), (0, 8, False), (8, 0, False), (8, 8, False)
 TEN_VIEWS = FIVE_VIEWS + [(y, x, True) for y, x, _ in FIVE_VIEWS]
 VIEWS = {"crop-flip": TEN_VIEWS, "crop": FIVE_VIEWS, "none": [CENTER]}  # of a test, by --augment
 MIRRORED = (4, 4, True)
-# of Classifier and --image: the cheaper half of what ten views gain
+# of Classifier and --image; of what ten views gain, the mirror image costs least
 USE_VIEWS = {"crop-flip": [CENTER, MIRRORED], "crop": [CENTER], "none": [CENTER]}
 
 CIFAR = {  # mean and std of the training pixels, for values in 0..1
@@ -990,8 +990,8 @@ def find_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature that makes the labels of held-out images most likely.
 
     It is the minimum, between 0.05 and 20, of the negative log-likelihood of `average_views`. The
-    logits (views, N, classes) are of the views that Classifier takes. 1 if none
-    of the images is wrong: that would ask for certainty.
+    logits (views, N, classes) are of the views that Classifier takes. It is 1 if no image is wrong,
+    which would ask for certainty.
     Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", 2017.
     """
     logits = logits.cpu().double()
@@ -1018,9 +1018,9 @@ def calibration_error(log_probabilities: Tensor, labels: Tensor) -> float:
 
     The mean over the images of |mean probability - accuracy| in 15 bins of equal width.
     """
-    probabilities, predicted = log_probabilities.double().exp().max(1)
+    probabilities, predicted = log_probabilities.cpu().double().exp().max(1)
     bins = (15 * probabilities).long().clamp(max=14)
-    excess = probabilities - (predicted == labels).double()
+    excess = probabilities - (predicted == labels.cpu()).double()
     gaps = bins.bincount(weights=excess)  # of each bin, times its number of images
     return 100 * gaps.abs().sum().item() / len(labels)
 
@@ -1151,20 +1151,26 @@ def print_test(title: str, metrics: dict[str, Any]) -> None:
         print(f"    {name:<32} {percent:5.1f} %")
 
 
-def report(
-    config: Config, run: dict[str, Any], loaders: tuple[CifarLoader | None, ...], model: nn.Module
-) -> dict[str, Any]:
-    """Test the last and the best epoch, this once; write best.pt, summary.json and the plots.
+def calibrate(model: nn.Module, val_loader: CifarLoader | None, config: Config) -> float:
+    """The temperature of a trained network; 1, with a note, if no held-out image tells it."""
+    temperature = 1.0
+    if val_loader:
+        views = USE_VIEWS[config.augment]
+        logits, labels = predict_logits(model, val_loader, None, config.precision, views)
+        temperature = find_temperature(logits, labels)
+    if temperature == 1:
+        print("note: probabilities are not calibrated: that takes held-out images, and mistakes")
+    return temperature
 
-    best.pt is given its temperature. With `no_test` nothing is tested; the plots show validation
-    or training images.
-    """
-    folder = Path(config.output_dir)
+
+def describe_run(
+    config: Config, run: dict[str, Any], train_loader: CifarLoader, model: nn.Module
+) -> dict[str, Any]:
+    """What summary.json holds of a run besides its test."""
     history = run["history"]
-    last = history[-1]
     best = history[run["best_epoch"] - 1]
-    train_loader, val_loader, test_loader = loaders
-    summary = {
+    last = history[-1]
+    return {
         **asdict(config),
         **run["hardware"],
         "command": run["command"],
@@ -1183,24 +1189,34 @@ def report(
         "images_per_second": statistics.median(row["images_per_second"] for row in history),
         "training_seconds": sum(row["seconds"] for row in history),
     }
+
+
+def report(
+    config: Config, run: dict[str, Any], loaders: tuple[CifarLoader | None, ...], model: nn.Module
+) -> dict[str, Any]:
+    """Test the last and the best epoch, this once; write best.pt, summary.json and the plots.
+
+    best.pt is given its temperature. With `no_test` nothing is tested; the plots show validation
+    or training images.
+    """
+    folder = Path(config.output_dir)
+    history = run["history"]
+    best = history[run["best_epoch"] - 1]
+    train_loader, val_loader, test_loader = loaders
+    summary = describe_run(config, run, train_loader, model)
     if not config.no_test:
         last_evaluation = evaluate_model(model, test_loader, precision=config.precision)
         summary["last_test_error"] = 100 - last_evaluation.top1
     model.load_state_dict(run["best_model"])  # what follows is about the best epoch
-    use_views = USE_VIEWS[config.augment]
-    temperature = 1.0
-    if val_loader:
-        logits, labels = predict_logits(model, val_loader, None, config.precision, use_views)
-        temperature = find_temperature(logits, labels)
-    if temperature == 1:
-        print("note: probabilities are not calibrated: that takes held-out images, and mistakes")
+    temperature = calibrate(model, val_loader, config)
     summary["temperature"] = temperature
     save_best(folder, run, temperature)
     if config.no_test:
         shown = val_loader or train_loader
         what = "validation images" if val_loader else "training images"
         evaluation = evaluate_model(model, shown, precision=config.precision, views=[CENTER])
-        in_use = score(*predict(model, shown, None, config.precision, use_views, temperature))
+        views = USE_VIEWS[config.augment]
+        in_use = score(*predict(model, shown, None, config.precision, views, temperature))
     else:
         shown = test_loader
         metrics, evaluation, in_use = compute_test_metrics(
@@ -1211,9 +1227,8 @@ def report(
         which = "best" if val_loader else "last"
         print_test(f"the {which} epoch ({best['epoch']}), {config.dataset}", summary)
         print(f"the number to report: test error {metrics['test_error']:.2f} %, one view")
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
-    if not config.no_test:
         save_tables(folder, test_loader, evaluation, in_use)
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
     title = f"{run_title(config)}: {what.format(evaluation.top1)}"
     save_plot(folder / "curves.png", title, plot_results, history, best["epoch"])
     save_plots(folder, config, what, shown, evaluation, in_use, model)
@@ -1240,9 +1255,11 @@ def save_tables(
         row["predicted_class"] = classes[predicted[i]]
         row["probability"] = f"{probabilities[i]:.6f}"
         predictions.append(row)
-    confusion = []
-    for name, counts in zip(classes, confusion_counts(evaluation).tolist()):
-        confusion.append({"true \\ predicted": name, **dict(zip(classes, counts))})
+    counts = confusion_counts(evaluation)
+    confusion = (  # row by row: of thousands of classes all would be gigabytes
+        {"true \\ predicted": name, **dict(zip(classes, row.tolist()))}
+        for name, row in zip(classes, counts)
+    )
     failures = {
         "predictions.csv": save_table(folder / "predictions.csv", predictions),
         "confusion.csv": save_table(folder / "confusion.csv", confusion),
@@ -1592,15 +1609,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise UserError(message) from None
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = None
+    for row in rows:
+        if writer is None:
+            writer = csv.DictWriter(text, row, lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
     write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
 
 
-def save_table(path: Path, rows: list[dict[str, Any]]) -> Exception | None:
+def save_table(path: Path, rows: Iterable[dict[str, Any]]) -> Exception | None:
     """Write a table. One that fails, held open by a spreadsheet, costs a note, never the run.
 
     Returns the error.

@@ -1,6 +1,6 @@
 """What CIFAR is like, and what another encoding does to it: the facts of results/README.md.
 
-    python tests/data_facts.py          # some minutes; prints tables in Markdown
+    python tests/data_facts.py    # ten minutes of one thread; prints tables in Markdown
 
 The pairs of images closer than 20 (of 255, root mean square over the 3,072 values) are found among
 all 60,000 of a data set, plain and with one of the two mirrored. The search leaves none out: 96
