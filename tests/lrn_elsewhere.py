@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import itertools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -119,14 +120,28 @@ def onnx2pytorch(x: np.ndarray, size: int, bf16: bool) -> np.ndarray:
     return ConvertModel(onnx_model(x, size, bf16))(torch.from_numpy(x)).detach().numpy()
 
 
+def save_onnx(x: np.ndarray, size: int, bf16: bool, folder: str) -> str:
+    path = Path(folder, "lrn.onnx")
+    path.write_bytes(onnx_model(x, size, bf16).SerializeToString())
+    return str(path)
+
+
 def tract(x: np.ndarray, size: int, bf16: bool) -> np.ndarray:
     import tract
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "lrn.onnx")
-        path.write_bytes(onnx_model(x, size, bf16).SerializeToString())
-        model = tract.onnx().load(str(path)).into_model()
+        model = tract.onnx().load(save_onnx(x, size, bf16, folder)).into_model()
     return model.into_runnable().run([x])[0].to_numpy()
+
+
+def tinygrad(x: np.ndarray, size: int, bf16: bool) -> np.ndarray:
+    os.environ.setdefault("DEV", "PYTHON")  # its other device for a CPU needs clang
+    from tinygrad import Tensor
+    from tinygrad.nn.onnx import OnnxRunner
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = OnnxRunner(save_onnx(x, size, bf16, folder))
+        return run({"x": Tensor(x)})["y"].numpy()
 
 
 def ncnn(x: np.ndarray, size: int, bf16: bool) -> np.ndarray:
@@ -154,6 +169,7 @@ LIBRARIES: dict[str, tuple[str, str, Callable[..., np.ndarray]]] = {
     "ONNX Runtime": ("onnxruntime", NODE, onnxruntime),
     "OpenVINO": ("openvino", NODE, openvino),
     "tract": ("tract", NODE, tract),
+    "tinygrad, its ONNX reader": ("tinygrad", NODE, tinygrad),
     "onnx2pytorch": ("onnx2pytorch", NODE, onnx2pytorch),
     "onnx2torch": ("onnx2torch", NODE, onnx2torch),
     "ncnn, its own layer": ("ncnn", "LRN 0=0 1=5 2=1e-4 3=0.75 4=2", ncnn),
