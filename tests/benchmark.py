@@ -10,7 +10,7 @@ Every number comes from a fresh process. The contenders run in turn, round after
 machine that slows down slows all of them. A step is a whole step: data, augmentation, forward,
 backward, optimizer and metrics. The listed script is that of the architecture document, without its
 import of matplotlib and its `optim.MultiStepLR`, which does not exist. Without CIFAR-10 the images
-are those of data/mini. Nothing passes or fails. What was tried for speed is in results/README.md.
+are those of data/mini. Nothing passes or fails. What was tried for speed is in results/speed.md.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the tables of both READMEs, from `<!-- table: NAME -->` to `<!-- end -->`; see TABLES.
+"""Write the tables of README.md and of the pages in results/, from `<!-- table: NAME -->` to `<!-- end -->`; see TABLES.
 
 python tests/make_tables.py            # from the files in results/
 python tests/make_tables.py --check    # writes nothing, exits with 1 if a page is not up to date
@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmark import markdown, median_and_range, network_rows, speed_rows
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-PAGES = [RESULTS.parent / "README.md", RESULTS / "README.md"]
+PAGES = [RESULTS.parent / "README.md", *sorted(RESULTS.glob("**/*.md"))]
 RECIPES = {  # the folder of a published run, and the command that makes it with today's script
     "cifar10-quick": "python cifar_krizhevsky.py --recipe quick",
     "cifar10-short": "python cifar_krizhevsky.py --recipe short",
@@ -34,8 +34,12 @@ NETWORKS_OF_2012 = {  # error, views and minutes on one GPU, as his page listed 
 }
 ALONE = {  # the runs that had the machine to themselves
     "cifar10-quick/seed0", "cifar10-short/seed4", "cifar10-medium-cpu", "cifar100-short-cpu",
-    "cifar10-short-h100", "cifar10-best/seed1",
+    "cifar10-short-h100", "cifar10-best/seed1", "cifar10-mini", "cifar10-mini-128",
+    "cifar10-10-epochs", "cifar100-10-epochs", "cifar10-quick-64/seed0", "cifar10-quick-64/seed1",
+    "cifar10-quick-64/seed2", "cifar10-quick-64/seed3", "cifar10-quick-64/seed4",
 }  # fmt: skip
+MACHINES = {"AMD EPYC": "EPYC", "Intel(R) Xeon(R) Processor": "Xeon"}
+MACHINES |= {"NVIDIA H100 80GB HBM3": "H100"}
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, of n differences
 
 
@@ -48,6 +52,26 @@ def percent(*values: float | None) -> str:
     return "–" if values == (None,) else f"{statistics.mean(values):.2f}{std}"
 
 
+def name_of(run: dict) -> str:
+    """The folder of a run, from results/ on."""
+    return str(run["path"].parent.relative_to(RESULTS))
+
+
+def machine(run: dict) -> str:
+    name = MACHINES.get(run["processor"], run["processor"])
+    if run["device_used"] == "cuda":
+        return name
+    return f"{name}, {run['threads']} thread{'s' if run['threads'] > 1 else ''}"
+
+
+def alone(run: dict) -> str:
+    return "yes" if name_of(run) in ALONE else "no"
+
+
+def error_from(accuracy: float | None) -> float | None:
+    return None if accuracy is None else 100 - accuracy
+
+
 def interval(run: dict, key: str) -> str:
     return "{:.2f} ({:.2f} to {:.2f})".format(run[key], *run[f"{key}_interval"])
 
@@ -57,22 +81,35 @@ def beside(run: dict, name: str, pattern: str) -> list[str]:
     return re.findall(pattern, path.read_text(), re.MULTILINE) if path.exists() else ["–"]
 
 
+def constants_for_lrn(run: dict) -> str:
+    """Validation errors with LRN and with a constant in its place."""
+    accuracies = beside(run, "denominators.txt", r"^(?:none|all) +([\d.]+) %$")
+    if accuracies == ["–"]:
+        return "–"
+    return " → ".join(percent(100 - float(accuracy)) for accuracy in accuracies)
+
+
 LRN = "n = {lrn_size}, α = {lrn_alpha}, k = {lrn_k:g}"
-LARGEST, ACCURACIES = r"^norm.* ([\d.]+)$", r"^(?:none|all) +([\d.]+) %$"  # in denominators.txt
+LARGEST = r"^norm.* ([\d.]+)$"  # in denominators.txt
+TRAINING = r"^(?:\d.*?,){3}(.*?),"  # the accuracy, in metrics.csv
 COLUMNS = {  # of the tables with a row for each run, besides the keys of summary.json
-    "folder": lambda run: f"`{run['path'].parent.relative_to(RESULTS)}`",
-    "file": lambda run: f"`{run['path'].name}`",
+    "folder": lambda run: f"`{name_of(run)}`",
+    "run": lambda run: f"[`{name_of(run)}`]({name_of(run)}/summary.json)",
+    "file": lambda run: f"[`{run['path'].name}`]({run['path'].name})",
     "LRN": lambda run: LRN.format(**run) if run["norm"] == "lrn" else "none",
     "largest d / k": lambda run: ", ".join(beside(run, "denominators.txt", LARGEST)),
-    "LRN → constants": lambda run: " → ".join(beside(run, "denominators.txt", ACCURACIES)),
-    "training": lambda run: percent(float(beside(run, "metrics.csv", r"^(?:\d.*?,){3}(.*?),")[-1])),
-    "best validation": lambda run: percent(run["best_val_accuracy"]),
-    "last validation": lambda run: percent(run["last_val_accuracy"]),
-    "test accuracy": lambda run: percent(100 - run["test_error"]),
-    "test error": lambda run: interval(run, "test_error"),
+    "LRN → constants": constants_for_lrn,
+    "training": lambda run: percent(100 - float(beside(run, "metrics.csv", TRAINING)[-1])),
+    "best epoch": lambda run: run["best_epoch"],
+    "validation": lambda run: percent(error_from(run["best_val_accuracy"])),
+    "last validation": lambda run: percent(error_from(run["last_val_accuracy"])),
+    "one view": lambda run: interval(run, "test_error"),
     "ten views": lambda run: interval(run, "test_error_multi_view"),
     "last epoch": lambda run: percent(run["last_test_error"]),
     "minutes": lambda run: f"{run['training_seconds'] / 60:.3g}",
+    "machine": machine,
+    "PyTorch": lambda run: run["torch_version"].split("+")[0],
+    "alone": alone,
     "command": lambda run: f"`{run['command']}`",
 }
 
@@ -88,8 +125,7 @@ def fastest(folder: str, device: str) -> float | None:
     runs = [run for pattern in patterns for run in load(f"{pattern}/summary.json")]
     minutes = []
     for run in runs:
-        name = str(run["path"].parent.relative_to(RESULTS))
-        if name in ALONE and run["device_used"] == device:
+        if name_of(run) in ALONE and run["device_used"] == device:
             minutes.append(run["training_seconds"] / 60)
     return min(minutes, default=None)
 
@@ -97,6 +133,63 @@ def fastest(folder: str, device: str) -> float | None:
 def minutes_of(folder: str, device: str) -> str:
     minutes = fastest(folder, device)
     return "–" if minutes is None else f"{minutes:.3g}"
+
+
+def every_run() -> Iterator[dict]:
+    runs = load("*/summary.json") + load("*/seed?/summary.json")
+    for run in sorted(runs, key=name_of):
+        yield {column: COLUMNS[column](run) for column in EVERY.split(", ")}
+
+
+def span(values: list[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def provenance(runs: list[dict]) -> dict[str, str]:
+    """The cells for minutes, machine, PyTorch and alone, with `;` between machines."""
+    groups: dict[tuple, list[float]] = {}
+    for run in runs:
+        where = (machine(run), COLUMNS["PyTorch"](run), alone(run))
+        groups.setdefault(where, []).append(run["training_seconds"] / 60)
+    row = {"minutes": "; ".join(span(minutes) for minutes in groups.values())}
+    for column, values in zip(("machine", "PyTorch", "alone"), zip(*groups)):
+        row[column] = values[0] if len({*values}) == 1 else "; ".join(values)
+    return row
+
+
+def folder_row(folder: str) -> dict:
+    """A row for all runs of a folder. A run without and with a seed's name counts once."""
+    runs = load(f"{folder}/summary.json") + load(f"{folder}/seed?/summary.json")
+    by_seed = list({run["seed"]: run for run in runs}.values())
+    columns = {
+        "error": [run["test_error"] for run in by_seed],
+        "ten views": [run["test_error_multi_view"] for run in by_seed],
+        "validation": [error_from(run["best_val_accuracy"]) for run in by_seed],
+    }
+    link = runs[0]["path"].relative_to(RESULTS)
+    row = {"folder": f"[`{folder}`]({link})", "epochs": runs[0]["epochs"], "n": len(by_seed)}
+    for column, values in columns.items():
+        row[column] = "–" if None in values else percent(*values)
+    return row | provenance(runs)
+
+
+def published() -> Iterator[dict]:
+    yield from map(folder_row, RECIPES)
+
+
+def of_2012() -> Iterator[dict]:
+    for name, (error, views, _) in NETWORKS_OF_2012.items():
+        folder = f"cifar10-{name}"
+        if (RESULTS / folder).exists():
+            his = f"{error}, on {'one view' if views == 1 else f'{views} views'}"
+            yield {"his error": his, **folder_row(folder)}
+
+
+def other_runs() -> Iterator[dict]:
+    shown = {*RECIPES, *(f"cifar10-{name}" for name in NETWORKS_OF_2012)}
+    folders = {name_of(run).split("/")[0] for run in load("*/**/summary.json")}
+    yield from map(folder_row, sorted(folders - shown))
 
 
 def recipes() -> Iterator[dict]:
@@ -162,10 +255,11 @@ def comparison() -> Iterator[dict]:
 
 def precision() -> Iterator[dict]:
     for name in ("bf16", "fp32"):
-        row = {"validation accuracy": f"`--precision {name}`"}
+        row = {"validation error": f"`--precision {name}`"}
         for flag, kernels in (("auto", "compiled"), ("off", "eager")):
             runs = load(f"precision/{name}-{kernels}/*.json")
-            row[f"`--compile {flag}`"] = percent(*(run["best_val_accuracy"] for run in runs))
+            errors = [100 - run["best_val_accuracy"] for run in runs]
+            row[f"`--compile {flag}`"] = percent(*errors)
         yield row
 
 
@@ -173,22 +267,23 @@ def calibration() -> Iterator[dict]:
     for entry in json.loads((RESULTS / "calibration.json").read_text()):
         test = entry["test"]
         held_out = entry.get("held_out", {})
-        row = {"folder": f"`{Path(entry['file']).parent}`", "n": test["images"]}
-        row["held-out error: center"] = percent(held_out.get("error"))
-        row["held-out error: with mirror"] = percent(held_out.get("error_with_mirror"))
-        row["test error: center"] = percent(test["error"])
-        row["test error: with mirror"] = percent(test["error_with_mirror"])
-        row["temperature"] = f"{entry['temperature']:.3f}" if held_out else "1 (none held out)"
-        row["mean probability: with mirror"] = percent(test["mean_probability_before"])
-        row["mean probability: with temperature too"] = percent(test["mean_probability_after"])
-        row["calibration error: center"] = percent(test["calibration_error_one_view"])
-        row["calibration error: with mirror"] = percent(test["calibration_error_before"])
-        row["calibration error: with temperature too"] = percent(test["calibration_error_after"])
-        yield row
+        yield {
+            "folder": f"`{Path(entry['file']).parent}`",
+            "held-out error": percent(held_out.get("error")),
+            "with mirror": percent(held_out.get("error_with_mirror")),
+            "test error": percent(test["error"]),
+            "test, with mirror": percent(test["error_with_mirror"]),
+            "T": f"{entry['temperature']:.3f}" if held_out else "1 (none held out)",
+            "ECE, one view": percent(test["calibration_error_one_view"]),
+            "ECE, T = 1": percent(test["calibration_error_before"]),
+            "ECE": percent(test["calibration_error_after"]),
+        }
 
 
-def speed_h100() -> Iterator[dict]:
+def speed_h100(sessions: tuple[int, ...] = (1, 2, 3)) -> Iterator[dict]:
     for each in load("speed-h100.json")[0]["results"]:
+        if each["session"] not in sessions:
+            continue
         has_lrn = each["model"] not in ("five-conv", "compact") and each["norm"] == "lrn"
         flags = [each["model"], *(["--norm none"] if each["norm"] == "none" else [])]
         flags += ["--deterministic"] if "deterministic" in each else []
@@ -201,30 +296,32 @@ def speed_h100() -> Iterator[dict]:
         yield row | {"images/s": median_and_range(rates, ",.0f"), "n": len(rates)}
 
 
-RUNS = "folder, epochs, lr, weight_decay, best validation, test accuracy, test error, ten views"
-ABLATION = "folder, inputs, LRN, largest d / k, LRN → constants, training, best validation"
-SEARCH = "file, epochs, best validation, last validation, minutes, command"
+ABLATION = "folder, inputs, LRN, largest d / k, LRN → constants, training, validation"
+SEARCH = "file, epochs, validation, last validation, minutes, machine, PyTorch, command"
 SHORT_SEARCH = "file, epochs, batch_size, lr, weight_decay, label_smoothing, gamma, milestones, LRN"
-SEEDS = "folder, seed, best_epoch, best validation, test error, ten views, last epoch, minutes"
+AFTER = "validation, last validation, machine, PyTorch"
+EVERY = "run, best epoch, validation, one view, ten views, last epoch"
+EVERY += ", minutes, machine, PyTorch, alone"
 TABLES = {
     "recipes": recipes,
     "networks-of-2012": networks_of_2012,
-    "runs": lambda: summaries("*/summary.json", f"{RUNS}, last epoch, minutes, command"),
+    "runs": published,
+    "runs-of-2012": of_2012,
     "comparison": comparison,
     "ablation-by-seeds": ablation_by_seeds,
-    "ablation": lambda: summaries("ablation-*/summary.json", f"{ABLATION}, test error, ten views"),
-    "seeds": lambda: summaries("*/seed?/summary.json", SEEDS),
+    "ablation": lambda: summaries("ablation-*/summary.json", f"{ABLATION}, one view, ten views"),
+    "other-runs": other_runs,
+    "every-run": every_run,
     "search": lambda: summaries("search/[!qms]*.json", SEARCH),
-    "search-quick": lambda: summaries(
-        "search/[qms]*.json", f"{SHORT_SEARCH}, best validation, last validation"
-    ),
+    "search-quick": lambda: summaries("search/[qms]*.json", f"{SHORT_SEARCH}, {AFTER}"),
     "precision": precision,
     "calibration": calibration,
     "speed": lambda: speed_rows(load("speed.json")[0]["results"]),
     "speed-xeon": lambda: speed_rows(load("speed-xeon.json")[0]["results"]),
     "speed-h100": speed_h100,
-    "speed-slower-hour": lambda: speed_rows(load("speed-slower-hour.json")[0]["results"]),
+    "speed-h100-interleaved": lambda: speed_h100((3,)),
     "networks": lambda: network_rows(load("networks.json")[0]["results"]),
+    "lrn": lambda: load("lrn.json")[0]["rows"],
 }
 
 

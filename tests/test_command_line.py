@@ -292,7 +292,8 @@ def test_the_pep_723_block_is_requirements_txt():
 
 
 def test_every_command_that_is_shown_is_one_that_the_script_takes(ck):
-    pages = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("results/README.md"))]
+    paths = [ROOT / "README.md", *ROOT.glob("results/**/*.md")]
+    pages = [path.read_text() for path in paths]
     shown = re.sub(r"\$\w+", "1", "\n".join([ck.__doc__, *pages]).replace("\\\n", " "))
     lines = re.findall(rf"(?:python3?|uv run|torchrun[^`\n]*) {SCRIPT.name}([^`\n]*)", shown)
     assert len(lines) > 15

@@ -4,6 +4,7 @@ Without native bf16 a full `--evaluate` of the four networks takes a quarter of 
 left to FULL_EVALUATION=1 python -m pytest tests/test_results.py; else they see a part of the images.
 """
 
+import collections
 import csv
 import functools
 import json
@@ -47,18 +48,32 @@ def test_the_tables_are_up_to_date(capsys):
     assert make_tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
+def test_every_table_is_on_a_page():
+    pages = "".join(page.read_text() for page in make_tables.PAGES)
+    assert set(re.findall("<!-- table: (.+) -->", pages)) == set(make_tables.TABLES)
+
+
 def test_a_table_that_is_not_up_to_date_is_noticed(tmp_path, monkeypatch, capsys):
-    page = (RESULTS / "README.md").read_text()
     (tmp_path / "README.md").write_text("<!-- table: recipes -->\n| 90.06 |\n<!-- end -->\n")
     monkeypatch.setattr(make_tables, "PAGES", [tmp_path / "README.md"])
     assert make_tables.main(["--check"]) == 1
     assert make_tables.main([]) == make_tables.main(["--check"]) == 0
     row = "| 200 | 9.82 ± 0.22 | 8.94 ± 0.24 | 3 | – | 2.98 |"
     assert row in (tmp_path / "README.md").read_text()
-    assert set(re.findall("<!-- table: (.+) -->", page)) == set(make_tables.TABLES) - {
-        "recipes",
-        "networks-of-2012",
-    }
+
+
+def test_every_link_of_the_pages_leads_somewhere():
+    for page in make_tables.PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+            path, _, heading = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), (page, link)
+            if heading:
+                headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+                names = {
+                    re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings
+                }
+                assert heading in names, (page, link)
 
 
 def test_every_published_run_has_its_weights_and_its_row():
@@ -66,9 +81,15 @@ def test_every_published_run_has_its_weights_and_its_row():
     with_weights -= {"cifar10-quick-64", "cifar10-short-128"}  # of earlier settings
     of_2012 = {f"cifar10-{name}" for name in make_tables.NETWORKS_OF_2012}
     assert set(PUBLISHED) < with_weights <= set(make_tables.RECIPES) | of_2012
+    every = (RESULTS / "seeds.md").read_text()
     page = (RESULTS / "README.md").read_text()
+    seeds = collections.defaultdict(set)
     for name, run in RUNS.items():
-        assert f"| `{name}` | {run['seed' if 'seed' in name else 'epochs']} |" in page
+        assert f"| [`{name}`]({name}/summary.json) | {run['best_epoch']} |" in every
+        seeds[name.partition("/")[0], run["epochs"]].add(run["seed"])
+    for (folder, epochs), n in seeds.items():
+        row = rf"\| \[`{folder}`\]\({folder}/\S*summary.json\) \| {epochs} \| {len(n)} \|"
+        assert len(re.findall(row, page)) == 1, folder
 
 
 @pytest.mark.parametrize("name", sorted(RUNS))
