@@ -1260,11 +1260,11 @@ def save_tables(
         {"true \\ predicted": name, **dict(zip(classes, row.tolist()))}
         for name, row in zip(classes, counts)
     )
-    failures = {
+    written = {
         "predictions.csv": save_table(folder / "predictions.csv", predictions),
         "confusion.csv": save_table(folder / "confusion.csv", confusion),
     }
-    return [name for name, failure in failures.items() if failure is None]
+    return [name for name, is_written in written.items() if is_written]
 
 
 def save_plots(
@@ -1282,12 +1282,12 @@ def save_plots(
     predictions = folder / "predictions.png"
     confusion = folder / "confusion.png"
     filters = folder / "filters.png"
-    failures = {
+    written = {
         predictions: save_plot(predictions, title_in_use, plot_predictions, loader, in_use),
         confusion: save_plot(confusion, title, plot_confusion_matrix, loader, evaluation),
         filters: save_plot(filters, title, plot_filters, model),
     }
-    return [path.name for path, failure in failures.items() if failure is None]
+    return [path.name for path, is_written in written.items() if is_written]
 
 
 def train_seeds(config: Config, passed: dict[str, Any]) -> None:
@@ -1620,17 +1620,17 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
 
 
-def save_table(path: Path, rows: Iterable[dict[str, Any]]) -> Exception | None:
-    """Write a table. One that fails, held open by a spreadsheet, costs a note, never the run.
+def save_table(path: Path, rows: Iterable[dict[str, Any]]) -> bool:
+    """Write a table, and return whether it is written.
 
-    Returns the error.
+    One that fails, held open by a spreadsheet, costs a note, never the run.
     """
     try:
         write_csv(path, rows)
     except UserError as error:
         print(f"note: {error}")
-        return error
-    return None
+        return False
+    return True
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -2015,8 +2015,11 @@ def plot_filters(figure: Any, model: nn.Module) -> None:
     axes.axis("off")
 
 
-def save_plot(path: Path, title: str, draw: Callable[..., None], *args: Any) -> Exception | None:
-    """Draw a figure and write it. One that fails costs a note, never the run; returns the error."""
+def save_plot(path: Path, title: str, draw: Callable[..., None], *args: Any) -> bool:
+    """Draw a figure and write it, and return whether it is written.
+
+    One that fails costs a note, never the run.
+    """
     try:
         os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not exist here; none is needed
         from matplotlib import style
@@ -2032,8 +2035,8 @@ def save_plot(path: Path, title: str, draw: Callable[..., None], *args: Any) -> 
         write_atomically(path, buffer.getvalue())
     except Exception as error:
         print(f"note: no {path.name} ({reason(error)})")
-        return error
-    return None
+        return False
+    return True
 
 
 def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
