@@ -10,7 +10,6 @@ The pictures are drawn anew for every seed, a tenth of them is held out to choos
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -46,6 +45,60 @@ def run(data: ck.Dataset, source: Path | None, seed: int, **settings: object) ->
         return ck.train(ck.Config(**values))
 
 
+def store(name: str, summary: dict, rows: list[dict]) -> None:
+    """Write the rows so far, so that a stopped script leaves what it has."""
+    content = {
+        "torch_version": summary["torch_version"],
+        "processor": summary["processor"],
+        "threads": summary["threads"],
+        "runs": rows,
+    }
+    (ROOT / "results" / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def search(whole: ck.Dataset, seeds: int) -> None:
+    """Learning rates, on other pictures than the final ones."""
+    rows = []
+    for rate in (0.003, 0.01, 0.03):
+        for source in (None, SOURCE):
+            for seed in range(100, 100 + seeds):
+                data = draw(whole, 50, seed)
+                summary = run(data, source, seed, lr=rate, no_test=True)
+                row = {
+                    "per_class": 50,
+                    "init": bool(source),
+                    "lr": rate,
+                    "seed": seed,
+                    "val_accuracy": summary["best_val_accuracy"],
+                    "last_val_accuracy": summary["last_val_accuracy"],
+                }
+                rows.append(row)
+                print(row, file=sys.stderr)
+                store("few-search.json", summary, rows)
+
+
+def compare(whole: ck.Dataset, seeds: int) -> None:
+    """Test errors with and without the trained weights, on the same pictures."""
+    rows = []
+    for seed in range(seeds):
+        for per_class in (10, 50, 100):
+            data = draw(whole, per_class, seed)
+            for source in (None, SOURCE):
+                summary = run(data, source, seed)
+                row = {
+                    "per_class": per_class,
+                    "init": bool(source),
+                    "seed": seed,
+                    "test_error": summary["test_error"],
+                    "test_error_multi_view": summary["test_error_multi_view"],
+                    "best_val_accuracy": summary["best_val_accuracy"],
+                    "training_seconds": summary["training_seconds"],
+                }
+                rows.append(row)
+                print(row, file=sys.stderr)
+                store("few-pictures.json", summary, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", default=str(ROOT / "data"))
@@ -53,44 +106,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
     whole = ck.read_dataset("cifar10", args.data_dir)
-    rows = []
-    if args.search:  # on other pictures than the final ones
-        for rate in (0.003, 0.01, 0.03):
-            for source in (None, SOURCE):
-                for seed in range(100, 100 + args.seeds):
-                    data = draw(whole, 50, seed)
-                    summary = run(data, source, seed, lr=rate, no_test=True)
-                    row = {"per_class": 50, "init": bool(source), "lr": rate, "seed": seed}
-                    row["val_accuracy"] = summary["best_val_accuracy"]
-                    row["last_val_accuracy"] = summary["last_val_accuracy"]
-                    rows.append(row)
-                    print(row, file=sys.stderr)
-        name = "few-search.json"
+    if args.search:
+        search(whole, args.seeds)
     else:
-        for per_class in (10, 50, 100):
-            for seed in range(args.seeds):
-                data = draw(whole, per_class, seed)
-                for source in (None, SOURCE):
-                    summary = run(data, source, seed)
-                    row = {"per_class": per_class, "init": bool(source), "seed": seed}
-                    for key in ("test_error", "test_error_multi_view", "best_val_accuracy"):
-                        row[key] = summary[key]
-                    row["training_seconds"] = summary["training_seconds"]
-                    rows.append(row)
-                    print(row, file=sys.stderr)
-        name = "few-pictures.json"
-    key = "val_accuracy" if args.search else "test_error"
-    groups = {}
-    for row in rows:
-        groups.setdefault((row["per_class"], row["init"], row.get("lr")), []).append(row[key])
-    for (per_class, init, rate), values in groups.items():
-        mean, std = statistics.mean(values), statistics.stdev(values) if values[1:] else 0.0
-        how = "--init-from" if init else "from scratch"
-        print(
-            f"{per_class} a class, {how}, lr {rate or 'of the recipe'}: {key} {mean:.2f} ± {std:.2f}, n = {len(values)}"
-        )
-    versions = {"torch_version": str(torch.__version__), "processor": summary["processor"]}
-    (ROOT / "results" / name).write_text(json.dumps({**versions, "runs": rows}, indent=1) + "\n")
+        compare(whole, args.seeds)
 
 
 if __name__ == "__main__":
