@@ -32,6 +32,7 @@ NETWORKS_OF_2012 = {  # error, views and minutes on one GPU, as his page listed 
     "13pct": (13, 10, "25"),
     "11pct": (11, 10, "75"),
 }
+EARLIER = {"cifar10-quick-64", "cifar10-short-128"}  # recipes as they were
 ALONE = {  # the runs that had the machine to themselves
     "cifar10-quick/seed0", "cifar10-short/seed4", "cifar10-medium-cpu", "cifar100-short-cpu",
     "cifar10-short-h100", "cifar10-best/seed1", "cifar10-mini", "cifar10-mini-128",
@@ -265,6 +266,8 @@ def precision() -> Iterator[dict]:
 
 def calibration() -> Iterator[dict]:
     for entry in json.loads((RESULTS / "calibration.json").read_text()):
+        if Path(entry["file"]).parts[0] in EARLIER:
+            continue
         test = entry["test"]
         held_out = entry.get("held_out", {})
         yield {
@@ -277,6 +280,25 @@ def calibration() -> Iterator[dict]:
             "ECE, one view": percent(test["calibration_error_one_view"]),
             "ECE, T = 1": percent(test["calibration_error_before"]),
             "ECE": percent(test["calibration_error_after"]),
+        }
+
+
+def few_pictures() -> Iterator[dict]:
+    """CIFAR-10 with few pictures of a class, from scratch and from CIFAR-100's best network."""
+    runs = json.loads((RESULTS / "few-pictures.json").read_text())["runs"]
+    for per_class in sorted({run["per_class"] for run in runs}):
+        errors = {}
+        for init in (False, True):
+            of_kind = [r for r in runs if r["per_class"] == per_class and r["init"] == init]
+            errors[init] = [run["test_error"] for run in sorted(of_kind, key=lambda r: r["seed"])]
+        n = min(map(len, errors.values()))  # a stopped script has left one without the other
+        scratch, trained = errors[False][:n], errors[True][:n]
+        yield {
+            "pictures of a class": per_class,
+            "n": n,
+            "error, from scratch": percent(*scratch),
+            "error, `--init-from`": percent(*trained),
+            "difference": paired_difference(trained, scratch),
         }
 
 
@@ -316,6 +338,7 @@ TABLES = {
     "search-quick": lambda: summaries("search/[qms]*.json", f"{SHORT_SEARCH}, {AFTER}"),
     "precision": precision,
     "calibration": calibration,
+    "few-pictures": few_pictures,
     "speed": lambda: speed_rows(load("speed.json")[0]["results"]),
     "speed-xeon": lambda: speed_rows(load("speed-xeon.json")[0]["results"]),
     "speed-h100": speed_h100,
