@@ -40,7 +40,7 @@ def draw(whole: ck.Dataset, per_class: int, seed: int) -> ck.Dataset:
 def run(data: ck.Dataset, source: Path | None, seed: int, **settings: object) -> dict:
     """What summary.json holds of one run on these pictures."""
     ck.read_dataset = lambda *_, **__: data
-    network = {"init_from": str(source), **ck.network_settings(source)} if source else {}
+    network = {"init_from": str(source)} if source else {}
     with tempfile.TemporaryDirectory() as folder:
         values = {**ck.RECIPES["few"], **network, **settings, "seed": seed, "output_dir": folder}
         return ck.train(ck.Config(**values))

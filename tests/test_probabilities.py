@@ -45,14 +45,21 @@ def likelihood_is_greatest(ck, checkpoint, val_loader):
 
 @pytest.mark.parametrize("longer", [False, True])
 def test_the_temperature_is_the_best_one_for_the_held_out_images_as_they_are_printed(
-    ck, small, trained, longer, tmp_path
+    ck, small, longer, tmp_path
 ):
+    flags = (*quick_flags(small), "--val-size", 100, "--no-test")
+    finish(*flags, "--output-dir", "run", cwd=tmp_path)
     if longer:
         finish("--resume", "run/last.pt", "--epochs", 3, "--no-test", cwd=tmp_path)
-    _, val_loader, _ = ck.get_cifar_data_loaders(dataset_name=str(small))
-    assert likelihood_is_greatest(ck, trained / "best.pt", val_loader)
-    summary = read(trained / "summary.json")
-    assert summary["temperature"] == read(trained / "best.pt")["temperature"]
+    _, val_loader, _ = ck.get_cifar_data_loaders(dataset_name=str(small), val_size=100)
+    assert likelihood_is_greatest(ck, tmp_path / "run" / "best.pt", val_loader)
+    summary = read(tmp_path / "run" / "summary.json")
+    assert summary["temperature"] == read(tmp_path / "run" / "best.pt")["temperature"]
+
+
+def test_few_held_out_images_give_no_temperature_but_a_note(trained_once, trained):
+    assert read(trained / "best.pt")["temperature"] == 1  # of 20 images
+    assert "note: probabilities are not calibrated: that takes 100 held-out" in trained_once[1].out
 
 
 @pytest.mark.parametrize("augment", ["crop-flip", "crop"])
@@ -233,7 +240,7 @@ def test_a_run_that_goes_on_without_a_test_keeps_no_table_of_the_shorter_one(tra
 
 def test_a_name_that_is_not_unicode_is_in_the_table_as_it_is(ck, tmp_path):
     name = b'\xff, "a"'.decode(errors="surrogateescape")
-    assert ck.save_table(tmp_path / "a.csv", [{"file": name}]) is None
+    assert ck.save_table(tmp_path / "a.csv", [{"file": name}])
     assert b"\xff" in (tmp_path / "a.csv").read_bytes()
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call, one_line_error, quick_flags, run, start
@@ -92,20 +93,35 @@ def test_metrics_that_another_program_holds_open_are_a_note_and_written_later(tr
 
 
 def test_a_recipe_by_name_alone_is_refused_in_python_with_the_way(ck, tmp_path):
-    for config in (
-        ck.Config(recipe="quick", epochs=1),
-        ck.Config(recipe="quick"),
-        ck.Config(recipe="fast"),
-    ):
+    for config in (ck.Config(recipe="quick", epochs=1), ck.Config(recipe="quick")):
         with pytest.raises(ck.UserError, match="is only a name") as refused:
             ck.train(config)
         assert "RECIPES[" in str(refused.value)
+    with pytest.raises(ck.UserError, match="must be one of quick"):
+        ck.train(ck.Config(recipe="fast"))
 
 
 def test_a_recipe_with_its_settings_trains_in_python(ck, small, tmp_path):
     settings = {**ck.RECIPES["quick"], "epochs": 1, "dataset": str(small), "compile": "off"}
     summary = ck.train(ck.Config(**settings, output_dir=str(tmp_path / "run"), no_test=True))
     assert summary["recipe"] is None and summary["batch_size"] == 32 and summary["epochs"] == 1
+
+
+def test_settings_from_python_are_checked_as_flags_are_and_stored_as_plain_values(
+    ck, small, tmp_path
+):
+    wrong = ({"select": "acc"}, {"inputs": "mean_image"}, {"precision": "bfloat16"}, {"lr": -0.01},
+             {"model": "nope"}, {"norm": "None"}, {"epochs": 2.5}, {"epochs": "2"}, {"dataset": 5})  # fmt: skip
+    for settings in wrong:
+        (name,) = settings
+        with pytest.raises(ck.UserError, match=f"--{name}"):
+            ck.train(ck.Config(**settings))
+    config = ck.Config(dataset=small, epochs=np.int64(1), lr=np.float64(0.01), gamma=np.float32(0.5),
+                       output_dir=tmp_path / "run", no_test=np.bool_(True), compile="off")  # fmt: skip
+    ck.train(config)
+    for name in ("last.pt", "best.pt"):
+        torch.load(tmp_path / "run" / name, weights_only=True)
+    ck.load_trained(tmp_path / "run" / "best.pt")
 
 
 def test_main_leaves_the_process_as_it_was(small, tmp_path, monkeypatch):
@@ -208,6 +224,97 @@ def test_a_run_from_trained_weights_is_resumed_without_their_file(small, tmp_pat
     for name, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][name])
     assert whole["mean"] == resumed["mean"]
+
+
+def test_seeds_from_trained_weights_are_resumed_where_one_is_missing(small, tmp_path):
+    flags = [
+        *quick_flags(small),
+        "--init-from",
+        PUBLISHED,
+        "--seeds",
+        2,
+        "--no-test",
+        "--output-dir",
+        "many",
+    ]
+    assert call(*flags, cwd=tmp_path).code == 0
+    shutil.rmtree(tmp_path / "many" / "seed1")
+    result = call(*flags, "--resume", cwd=tmp_path)
+    assert result.code == 0, result.err
+    seeds = [
+        torch.load(tmp_path / f"many/seed{seed}/best.pt", weights_only=True) for seed in (0, 1)
+    ]
+    assert seeds[0]["config"]["lrn_alpha"] == seeds[1]["config"]["lrn_alpha"] == 1.0
+    shutil.rmtree(tmp_path / "many")
+    assert call(*flags, "--resume", cwd=tmp_path).code == 0  # nothing to resume: the same network
+    best = torch.load(tmp_path / "many/seed0/best.pt", weights_only=True)
+    assert best["config"]["lrn_alpha"] == 1.0
+
+
+def test_the_last_layer_is_new_where_the_same_classes_have_another_order(ck, small, tmp_path):
+    assert call(*quick_flags(small), "--output-dir", "source", "--no-test", cwd=tmp_path).code == 0
+    source = torch.load(tmp_path / "source/best.pt", weights_only=True)
+    source["classes"] = source["classes"][::-1]
+    torch.save(source, tmp_path / "reversed.pt")
+    for path, new in (("source/best.pt", ""), ("reversed.pt", "; new: fc3.weight, fc3.bias")):
+        words = [*quick_flags(small), "--init-from", path, "--no-test", "--epochs", 1]
+        assert f"weights   from {path}{new}" in call(*words, cwd=tmp_path).out
+
+
+def test_a_mean_image_of_another_size_is_not_taken_over(small, tmp_path):
+    words = [
+        *quick_flags(small),
+        "--recipe",
+        "11pct",
+        "--epochs",
+        1,
+        "--no-test",
+        "--output-dir",
+        "run",
+    ]
+    assert call(*words, cwd=tmp_path).code == 0
+    words = [*quick_flags(small), "--init-from", "run/best.pt", "--model", "80sec", "--no-test"]
+    result = call(*words, cwd=tmp_path)
+    assert "Traceback" not in result.err and result.code in (0, 2), result.err
+
+
+def test_a_folder_that_another_run_took_meanwhile_is_refused(ck, small, tmp_path, monkeypatch):
+    make_loaders = ck.make_loaders
+
+    def meanwhile(*args, **options):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "last.pt").write_bytes(b"of the other")
+        return make_loaders(*args, **options)
+
+    monkeypatch.setattr(ck, "make_loaders", meanwhile)
+    message = one_line_error(call(*quick_flags(small), "--output-dir", "run", cwd=tmp_path), 2)
+    assert "last.pt" in message
+    assert (tmp_path / "run" / "last.pt").read_bytes() == b"of the other"
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_best_pt_until_it_is_tested_again(
+    ck, trained, monkeypatch
+):
+    best = torch.load(trained / "best.pt", weights_only=True)
+    best["temperature"] = 0.8
+    torch.save(best, trained / "best.pt")
+    monkeypatch.setattr(ck, "report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert call("--resume", "last.pt", cwd=trained).code == 130
+    assert torch.load(trained / "best.pt", weights_only=True)["temperature"] == 0.8
+
+
+def test_lrn_that_was_made_fast_twice_gives_the_same_values(ck):
+    model, _ = ck.load_trained(PUBLISHED)
+    images = torch.randn(4, 3, 32, 32)
+    expected = model(images)
+    for wanted in ("auto", "off", "auto"):
+        ck.speed_up_lrn(model, wanted, torch.device("cpu"), "fp32")
+        torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_even_size_of_lrn_within_maps_is_one_line(small, tmp_path):
+    words = [*quick_flags(small), "--recipe", "18pct", "--lrn-size", 4]
+    assert "size must be odd" in one_line_error(call(*words, cwd=tmp_path), 2)
 
 
 def test_weights_of_which_none_fits_are_refused(small, tmp_path):
