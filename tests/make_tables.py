@@ -298,7 +298,7 @@ def few_pictures() -> Iterator[dict]:
             "n": n,
             "error, from scratch": percent(*scratch),
             "error, `--init-from`": percent(*trained),
-            "difference": paired_difference(trained, scratch),
+            "difference": paired_difference(trained, scratch) if n > 1 else "–",
         }
 
 
