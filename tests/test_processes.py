@@ -48,7 +48,7 @@ def record(name: str, folder: Path, flags: list[str], rank: int = 0) -> SimpleNa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ck, "train_one_epoch", recorded_epoch)
         patch.setattr(os, "replace", lambda a, b: written.append(Path(b).name) or replace(a, b))
-        patch.setattr(ck, "save_plot", lambda path, *_: path.touch())
+        patch.setattr(ck, "save_plot", lambda path, *_: path.touch() is None)
         return SimpleNamespace(**call(*flags, cwd=folder)._asdict(), steps=steps, written=written)
 
 

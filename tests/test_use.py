@@ -19,7 +19,7 @@ SAMPLES = ROOT / "data" / "samples"
 
 @pytest.fixture
 def no_plots(ck, monkeypatch):
-    monkeypatch.setattr(ck, "save_plot", lambda *_: None)
+    monkeypatch.setattr(ck, "save_plot", lambda *_: True)
 
 
 def classify(checkpoint: Path, *flags: object, cwd: Path, code: int = 0) -> dict[str, dict]:
@@ -210,7 +210,7 @@ def test_evaluation_gives_the_errors_of_the_run_and_draws_its_plots_again(
     assert {path.name for path in trained.iterdir()} == before.keys()
     for name in before.keys() - drawn:
         assert (trained / name).read_bytes() == before[name]
-    monkeypatch.setattr(ck, "save_plot", lambda path, *_: path.touch())
+    monkeypatch.setattr(ck, "save_plot", lambda path, *_: path.touch() is None)
     evaluate("run/best.pt", "--output-dir", "other/place", cwd=tmp_path)
     assert {path.name for path in (tmp_path / "other" / "place").iterdir()} == drawn | tables
 
