@@ -79,12 +79,19 @@ def search(whole: ck.Dataset, seeds: int) -> None:
 
 
 def compare(whole: ck.Dataset, seeds: int) -> None:
-    """Test errors with and without the trained weights, on the same pictures."""
-    rows = []
+    """Test errors with and without the trained weights, on the same pictures.
+
+    Runs that few-pictures.json has already are not made again.
+    """
+    path = ROOT / "results" / "few-pictures.json"
+    rows = json.loads(path.read_text())["runs"] if path.exists() else []
+    done = {(row["seed"], row["per_class"], row["init"]) for row in rows}
     for seed in range(seeds):
         for per_class in (10, 50, 100):
             data = draw(whole, per_class, seed)
             for source in (None, SOURCE):
+                if (seed, per_class, bool(source)) in done:
+                    continue
                 summary = run(data, source, seed)
                 row = {
                     "per_class": per_class,
