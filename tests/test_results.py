@@ -114,6 +114,16 @@ def test_the_epochs_of_metrics_csv_belong_to_the_summary(name):
         assert (RESULTS / name / plot).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_readme_says_how_much_easier_the_held_out_tenth_is():
+    gaps = []
+    for run in RUNS.values():
+        if run["dataset"] == "cifar10" and run["val_size"]:
+            gaps.append(run["best_val_accuracy"] - (100 - run["test_error"]))
+    page = " ".join((ROOT / "README.md").read_text().split())
+    (said,) = re.findall(r"happens to be ([\d.]+) points easier .* \(mean of (\d+) runs\)", page)
+    assert said == (f"{statistics.mean(gaps):.1f}", str(len(gaps)))
+
+
 def test_the_search_for_hyperparameters_never_saw_the_test_set():
     assert len(SEARCH) > 1
     for run in SEARCH.values():
