@@ -2210,15 +2210,18 @@ class LocallyConnected2d(nn.Module):
         self.size = size
         self.weight = nn.Parameter(torch.empty(size * size, in_channels * 9, out_channels))
         self.bias = nn.Parameter(torch.empty(size * size, 1, out_channels))
+        padded = torch.arange((size + 2) ** 2).view(size + 2, size + 2)
+        nine_of_each = padded.unfold(0, 3, 1).unfold(1, 3, 1)  # (size, size, 3, 3) places in padded
+        self.register_buffer("nine_of_each", nine_of_each.flatten(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        size = self.size
         places_first = x.permute(2, 3, 0, 1)  # (size, size, N, in)
-        padded = F.pad(places_first, (0, 0, 0, 0, 1, 1, 1, 1))  # (size + 2, size + 2, N, in)
-        shifts = [padded[i : i + size, j : j + size] for i in range(3) for j in range(3)]
-        patches = torch.stack(shifts, 4).flatten(3).flatten(0, 1)  # (places, N, in * 9)
-        outputs = torch.baddbmm(self.bias, patches, self.weight)  # (places, N, out)
-        return outputs.unflatten(0, (size, size)).permute(2, 3, 0, 1)
+        padded = F.pad(places_first, (0, 0, 0, 0, 1, 1, 1, 1)).flatten(0, 1)
+        nine = padded.index_select(0, self.nine_of_each).unflatten(0, (-1, 9))
+        patches = nine.transpose(1, 2).flatten(2)  # (size^2, N, 9 * in)
+        weight = self.weight.unflatten(1, (-1, 9)).transpose(1, 2).flatten(1, 2)  # in their order
+        outputs = torch.baddbmm(self.bias, patches, weight)  # (size^2, N, out)
+        return outputs.unflatten(0, (self.size, self.size)).permute(2, 3, 0, 1)
 
 
 class Net11pct(nn.Module):
