@@ -4,7 +4,8 @@
     python tests/benchmark.py                                     # three rounds on this machine
     python tests/benchmark.py --rounds 7 --steps 30 --json results/speed.json
     python tests/benchmark.py --networks --steps 5 --json results/networks.json
-    python tests/benchmark.py --of-2012 --rounds 7 --json results/speed-80sec.json
+    python tests/benchmark.py --of-2012 --rounds 7 --steps 200 --json results/speed-80sec.json
+    python tests/benchmark.py --frameworks --rounds 5 --json results/speed-frameworks.json
 
 Every number comes from a fresh process. The contenders run in turn, round after round, so that a
 machine that slows down slows all of them. A step is a whole step: data, augmentation, forward,
@@ -37,10 +38,10 @@ BATCH_SIZE = 128
 
 
 class Contender(NamedTuple):
-    """`kind` is listed, script, plain, floor or inference; precision to model are the script's flags."""
+    """One row of a table; `kind` says what runs, precision to recipe are the script's flags."""
 
     title: str
-    kind: str
+    kind: str  # listed, script, plain, floor, inference, or the name of a framework
     precision: str = "auto"
     compile: str = "auto"
     norm: str = "lrn"
@@ -68,9 +69,18 @@ NETWORKS |= {f"{model}-inference": Contender(model, "inference", model=model) fo
 OF_2012 = {
     "listed": CONTENDERS["listed"],
     "80sec": Contender("this script, `--recipe 80sec`", "script", recipe="80sec"),
-    "80sec-plain": Contender("a plain loop of the same network", "plain", recipe="80sec"),
+    "80sec-plain": Contender("a plain loop of the same network", "plain", malloc=False),
+    "80sec-plain-allocator": Contender("a plain loop + our malloc settings", "plain"),
 }
-ALL = CONTENDERS | NETWORKS | OF_2012
+FRAMEWORKS = {"default": CONTENDERS["default"]}
+for framework, title in {"tensorflow": "TensorFlow", "jax": "JAX", "pytorch": "PyTorch"}.items():
+    for precision in ("fp32", "bf16"):
+        FRAMEWORKS[f"{framework}-{precision}"] = Contender(
+            f"plain {title}", framework, precision, "off", malloc=False
+        )
+compiled_pytorch = Contender("plain PyTorch, torch.compile", "pytorch", "bf16", malloc=False)
+FRAMEWORKS["pytorch-compiled"] = compiled_pytorch
+ALL = CONTENDERS | NETWORKS | OF_2012 | FRAMEWORKS
 
 # --------------------------------------------------------------------------------------------------
 # The contenders. Each function returns one that takes a number of steps
@@ -224,6 +234,24 @@ def plain_80sec(script: Any, device: Any, precision: str, data_dir: str) -> Adva
     return advance
 
 
+def other_framework(
+    contender: Contender, script: Any, precision: str, data_dir: str
+) -> tuple[Advance, str]:
+    """The default network in another library, or in plain PyTorch; and that library's version."""
+    import importlib
+
+    import frameworks
+
+    library = importlib.import_module({"pytorch": "torch"}.get(contender.kind, contender.kind))
+    data = script.read_dataset(data_name(data_dir), data_dir)
+    images = data.images.permute(0, 2, 3, 1).float().div(255)
+    mean, std = images.mean((0, 1, 2)), images.std((0, 1, 2))
+    arrays = ((images - mean) / std).contiguous().numpy(), data.labels.numpy()
+    settings = {"compiled": contender.compile == "auto"} if contender.kind == "pytorch" else {}
+    make = getattr(frameworks, contender.kind)
+    return make(*arrays, BATCH_SIZE, precision, **settings), library.__version__
+
+
 def arithmetic_floor(script: Any, device: Any, precision: str) -> Advance:
     """Nothing but the convolutions and linear layers, forward and backward, each on its own input.
 
@@ -270,6 +298,7 @@ def peak_resident() -> float:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run one contender, in a process of its own; its numbers, or {"skipped": why}."""
     contender, images, compiled = ALL[args.contender], BATCH_SIZE, False
+    library_version = None
     if contender.malloc:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in `main`
     import torch
@@ -289,6 +318,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             return {"skipped": f"{device} has no native bf16"}
         if contender.kind == "listed":
             advance = listed_script(script, device, args)
+        elif contender.kind in ("pytorch", "tensorflow", "jax"):
+            advance, library_version = other_framework(contender, script, precision, args.data_dir)
         elif contender.kind == "plain":
             advance = plain_80sec(script, device, precision, args.data_dir)
         elif contender.kind == "floor":
@@ -321,6 +352,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "reserved_bytes": reserved,
         **script.describe_hardware(device, precision, compiled),
         "torchvision_version": torchvision.__version__,
+        "library_version": library_version,
     }
 
 
@@ -345,9 +377,19 @@ def run_child(name: str, args: argparse.Namespace, steps: int | None) -> dict[st
     return {"skipped": (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]}
 
 
+def chosen_contenders(args: argparse.Namespace) -> dict[str, Contender]:
+    if args.networks:
+        return NETWORKS
+    if args.of_2012:
+        return OF_2012
+    if args.frameworks:
+        return FRAMEWORKS
+    return CONTENDERS
+
+
 def run_rounds(args: argparse.Namespace) -> Results:
     """Run every contender once a round; a skipped one is not tried again."""
-    contenders = NETWORKS if args.networks else OF_2012 if args.of_2012 else CONTENDERS
+    contenders = chosen_contenders(args)
     results: Results = {name: [] for name in contenders}
     for name, contender in contenders.items():  # fill the compile cache
         if contender.kind == "script" and contender.compile == "auto" and not contender.cold:
@@ -359,22 +401,34 @@ def run_rounds(args: argparse.Namespace) -> Results:
     return results
 
 
-def of_2012_rows(results: Results) -> list[dict[str, str]]:
-    """The table of 80sec beside a plain loop of it, and the listed script for the machine."""
+def paired_rows(results: Results, base: str, column: str) -> list[dict[str, str]]:
+    """A table with the ratio of each contender to one of them, the base, round by round."""
     rates = {name: [run["images_per_second"] for run in runs] for name, runs in results.items()}
     rows = []
     for name, runs in results.items():
-        by_round = [a / b for a, b in zip(rates[name], rates["80sec-plain"])]
+        version = runs[0]["library_version"]
+        by_round = [a / b for a, b in zip(rates[name], rates[base])]
         rows.append(
             {
-                "contender": OF_2012[name].title,
+                "contender": f"{ALL[name].title} {version}" if version else ALL[name].title,
                 "precision": runs[0]["precision_used"],
                 "images/s": median_and_range(rates[name], ",.0f"),
-                "× plain loop": median_and_range(by_round, ".2f"),
+                column: median_and_range(by_round, ".2f"),
                 "n": len(runs),
             }
         )
     return rows
+
+
+def table_rows(args: argparse.Namespace, results: Results) -> list[dict[str, str]]:
+    """The rows of the table of the chosen contenders; none where its base was skipped."""
+    if args.networks:
+        return network_rows(results)
+    if args.of_2012 and "80sec-plain" in results:
+        return paired_rows(results, "80sec-plain", "× plain loop")
+    if args.frameworks and "default" in results:
+        return paired_rows(results, "default", "× this script")
+    return speed_rows(results) if "listed" in results else []
 
 
 def median_and_range(values: list[float], form: str) -> str:
@@ -451,6 +505,7 @@ def main() -> None:
     add("--json", metavar="FILE", help="write all raw numbers there")
     add("--networks", action="store_true", help="compare the networks of --model instead")
     add("--of-2012", action="store_true", help="compare 80sec with a plain loop of it instead")
+    add("--frameworks", action="store_true", help="compare with TensorFlow, JAX and plain PyTorch")
     add("--contender", choices=ALL, metavar="NAME", help="run only this one, once, in this process")
     add("--started", type=float, default=started, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -463,10 +518,10 @@ def main() -> None:
     results = {name: runs for name, runs in results.items() if name not in skipped}
     for name, why in skipped.items():
         print(f"skipped {name}: {why}")
-    if "listed" in results or args.networks:
-        make_rows = network_rows if args.networks else of_2012_rows if args.of_2012 else speed_rows
+    rows = table_rows(args, results)
+    if rows:
         print(conditions(args, next(iter(results.values()))[0], load))
-        print(markdown(make_rows(results)))
+        print(markdown(rows))
     if args.json:
         content = {"date": datetime.now().isoformat(), "arguments": vars(args)}
         content |= {"load_average_before": load, "results": results}

@@ -35,7 +35,7 @@ NETWORKS_OF_2012 = {  # error, views and minutes on one GPU, as his page listed 
 EARLIER = {"cifar10-quick-64", "cifar10-short-128"}  # recipes as they were
 ALONE = {  # the runs that had the machine to themselves
     "cifar10-quick/seed0", "cifar10-short/seed4", "cifar10-medium-cpu", "cifar100-short-cpu",
-    "cifar10-short-h100", "cifar10-best/seed1", "cifar10-mini", "cifar10-mini-128",
+    "cifar10-short-h100", "cifar10-best/seed1", "cifar10-mini", "cifar10-mini-128", "cifar10-80sec-cpu",
     "cifar10-10-epochs", "cifar100-10-epochs", "cifar10-quick-64/seed0", "cifar10-quick-64/seed1",
     "cifar10-quick-64/seed2", "cifar10-quick-64/seed3", "cifar10-quick-64/seed4",
 }  # fmt: skip
