@@ -16,6 +16,7 @@ from benchmark import markdown, median_and_range, network_rows, speed_rows
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PAGES = [RESULTS.parent / "README.md", *sorted(RESULTS.glob("**/*.md"))]
+PROGRAM = "python cifar_krizhevsky.py"
 RECIPES = {  # the folder of a published run, and the command that makes it with today's script
     "cifar10-quick": "python cifar_krizhevsky.py --recipe quick",
     "cifar10-short": "python cifar_krizhevsky.py --recipe short",
@@ -193,11 +194,15 @@ def other_runs() -> Iterator[dict]:
     yield from map(folder_row, sorted(folders - shown))
 
 
+def flags_of(command: str) -> str:
+    return f"`{command.removeprefix(PROGRAM).strip()}`" if command != PROGRAM else "(the default)"
+
+
 def recipes() -> Iterator[dict]:
     for folder, command in RECIPES.items():
         runs = load(f"{folder}/**/summary.json")
         yield {
-            "command": f"`{command}`",
+            f"`{PROGRAM}`": flags_of(command),
             "epochs": runs[0]["epochs"],
             "error (%)": percent(*(run["test_error"] for run in runs)),
             "ten views (%)": percent(*(run["test_error_multi_view"] for run in runs)),
@@ -212,7 +217,7 @@ def networks_of_2012() -> Iterator[dict]:
         runs = load(f"cifar10-{name}/**/summary.json")
         key = "test_error" if views == 1 else "test_error_multi_view"
         yield {
-            "command": f"`python cifar_krizhevsky.py --recipe {name}`",
+            f"`{PROGRAM}`": f"`--recipe {name}`",
             "epochs": runs[0]["epochs"] if runs else "–",
             "views": views,
             "his error (%)": error,

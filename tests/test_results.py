@@ -154,9 +154,9 @@ def test_the_published_commands_still_make_those_runs(ck):
 
 
 def test_the_docstring_of_the_script_has_the_published_errors_and_minutes(ck):
-    rows = {row["command"]: row for row in make_tables.recipes()}
-    of_2012 = {row["command"]: row for row in make_tables.networks_of_2012()}
-    begin = "python cifar_krizhevsky.py"
+    begin = f"`{make_tables.PROGRAM}`"
+    rows = {row[begin].strip("`"): row for row in make_tables.recipes()}
+    of_2012 = {row[begin].strip("`"): row for row in make_tables.networks_of_2012()}
     found = re.findall(
         r"^    (\S.*?) {2,}(\d+) +([\d.]+(?: ± [\d.]+)?) +(.*)$", ck.__doc__, re.MULTILINE
     )
@@ -164,15 +164,14 @@ def test_the_docstring_of_the_script_has_the_published_errors_and_minutes(ck):
     dataset = ""
     for command, epochs, error, rest in found:
         if command == "--recipe 80sec":
-            row = of_2012[f"`{begin} {command}`"]
+            row = of_2012[command]
             assert (str(row["epochs"]), row["ours (%)"]) == (epochs, error)
             assert rest.split()[-1] == str(row["n"]) and f"({row['his error (%)']}:" in rest
             continue
         if command.startswith("--dataset"):
-            dataset = f" {command}"
-            command = "(the default)"
-        words = command.replace("... ", "").replace("(the default)", "")
-        row = rows[f"`{begin}{dataset} {words}".rstrip() + "`"]
+            dataset = command
+            command = "..."
+        row = rows[command.replace("...", dataset).strip()]
         assert (str(row["epochs"]), row["error (%)"]) == (epochs, error)
         assert rest.startswith(row["ten views (%)"])
         _, n, *minutes = re.split(r" {2,}", rest)

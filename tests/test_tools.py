@@ -117,14 +117,14 @@ def test_openvino(ck, samples, expected, make):
     assert_any_batch(lambda x: compiled(x.numpy())[0], images, expected)
 
 
-def test_the_readme_exports_to_onnx(tmp_path, monkeypatch, capsys):
+def test_the_program_of_tools_md_exports_to_onnx(tmp_path, monkeypatch, capsys):
     for package in ("onnxscript", "onnxruntime", "safetensors"):
         pytest.importorskip(package)
     for folder in ("results", "data"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_text())
-    (program,) = [block for block in blocks if "onnx" in block]
+    page = (ROOT / "results" / "tools.md").read_text()
+    (program,) = re.findall(r"(?ms)^```python\n(.*?)^```", page)
     exec(program, {})
     assert capsys.readouterr().out.splitlines()[-1] == "True"
     assert (tmp_path / "network.onnx").exists() and (tmp_path / "network.safetensors").exists()
