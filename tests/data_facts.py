@@ -9,6 +9,7 @@ principal components and the length of the rest give a lower bound of every dist
 
 import argparse
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +142,33 @@ def encoding_facts(data: script.Dataset, count: int) -> Iterator[dict]:
         yield {"stored as": name, "error (%)": error}
 
 
+def mistakes(folder: str, data: script.Dataset) -> tuple[Tensor, Tensor]:
+    """Which test images a published network has wrong, and the log probability of its class."""
+    classifier = script.Classifier(ROOT / "results" / folder / "best.pt")
+    script.speed_up_lrn(classifier.model, "auto", classifier.device, classifier.precision)
+    loader = classifier.loader(data.test_images, data.test_labels)
+    result = script.evaluate_model(classifier.model, loader, precision=classifier.precision)
+    confidence, predicted = result.log_probabilities.max(1)
+    return predicted != result.labels, confidence
+
+
+def label_errors(data: script.Dataset, path: Path) -> None:
+    """How many mistakes of CIFAR-10's best network are on cleanlab's list of label errors."""
+    entries = json.loads(path.read_text())
+    candidates = torch.zeros(len(data.test_labels), dtype=torch.bool)
+    disputed = candidates.clone()
+    for entry in entries:
+        candidates[entry["id"]] = True
+        disputed[entry["id"]] = entry["mturk"]["given"] < 3  # of five people
+    wrong, confidence = mistakes("cifar10-best", data)
+    surest = confidence.masked_fill(~wrong, -torch.inf).topk(100).indices
+    print(f"label errors: {int(candidates.sum())} candidates, {int(disputed.sum())} disputed")
+    print(f"cifar10-best has {int(wrong.sum())} wrong, {int((wrong & candidates).sum())} of them")
+    print(f"candidates, {int((wrong & disputed).sum())} disputed; of its 100 surest mistakes")
+    print(f"{int(disputed[surest].sum())} are disputed; error without the disputed images:")
+    print(f"{100 * wrong[~disputed].double().mean().item():.2f} %")
+
+
 def known_duplicates(data: script.Dataset, path: Path) -> None:
     """The error of CIFAR-100's best network with and without the test images of ciFAIR's list."""
     listed = torch.zeros(len(data.test_labels), dtype=torch.bool)
@@ -148,11 +176,7 @@ def known_duplicates(data: script.Dataset, path: Path) -> None:
         first = line.split(",")[0]
         if first.strip().isdigit():
             listed[int(first)] = True
-    classifier = script.Classifier(ROOT / "results" / "cifar100-best" / "best.pt")
-    script.speed_up_lrn(classifier.model, "auto", classifier.device, classifier.precision)
-    loader = classifier.loader(data.test_images, data.test_labels)
-    result = script.evaluate_model(classifier.model, loader, precision=classifier.precision)
-    wrong = result.log_probabilities.argmax(1) != result.labels
+    wrong, _ = mistakes("cifar100-best", data)
     for name, mask in (("listed", listed), ("the others", ~listed), ("all", listed | ~listed)):
         count = int(mask.sum())
         error = 100 * wrong[mask].double().mean().item()
@@ -169,6 +193,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     parser.add_argument("--images", type=int, default=2000, help="test images to encode")
     parser.add_argument("--cifair", type=Path, help="meta/duplicates_cifar100.csv of cvjena/cifair")
+    parser.add_argument("--label-errors", type=Path, help="cifar10_mturk.json of label-errors")
     args = parser.parse_args()
     script.tune_glibc_malloc()
     data_sets = {
@@ -178,6 +203,8 @@ def main() -> None:
     batch_facts(data_sets["CIFAR-10"])
     for name, data in data_sets.items():
         gray_facts(name, data)
+    if args.label_errors:
+        label_errors(data_sets["CIFAR-10"], args.label_errors)
     if args.cifair:
         known_duplicates(data_sets["CIFAR-100"], args.cifair)
     print(markdown([*encoding_facts(data_sets["CIFAR-10"], args.images)]), flush=True)
