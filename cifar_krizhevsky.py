@@ -681,7 +681,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         resume=None,
         seeds=None,
     )
-    print_run(config, loaders, model, hardware)
+    print_run(config, loaders, model, scheduler, hardware)
     if "hardware" in run:
         print_resumed(run, hardware)
     run.update(
@@ -823,15 +823,29 @@ def with_progress(dataloader: CifarLoader, title: str) -> Iterator[tuple[Tensor,
             print(f"{line:<79}\r", end="", flush=True)
 
 
+def normalization_of(model: nn.Module) -> str:
+    """The kinds of normalization layers that a network really has, for example "LRN"."""
+    kinds = []
+    for layer in model.modules():
+        is_lrn = isinstance(layer, LocalResponseNormalization)
+        kind = "LRN" if is_lrn else type(layer).__name__
+        if (is_lrn or "Norm" in kind) and kind not in kinds:
+            kinds.append(kind)
+    return " and ".join(kinds) or "no normalization"
+
+
 def print_run(
     config: Config, loaders: tuple[CifarLoader | None, ...], model: nn.Module,
-    hardware: dict[str, Any],
+    scheduler: Any, hardware: dict[str, Any],
 ) -> None:  # fmt: skip
     """Print the data, the network, the schedule, the hardware and the folder of a run."""
     train_size, val_size, test_size = [len(each.labels) if each else 0 for each in loaders]
     classes = loaders[0].classes
     parameters = sum(p.numel() for p in model.parameters())
-    drops = ", ".join(map(str, config.milestones))
+    schedule = type(scheduler).__name__
+    if isinstance(scheduler, optim.lr_scheduler.MultiStepLR):
+        drops = ", ".join(map(str, config.milestones))
+        schedule = f"times {config.gamma:g} after epochs {drops}"
     kernels = "compiled" if hardware["compiled"] else "eager"
     if hardware["cuda_graphs"]:
         kernels += ", CUDA graphs"
@@ -839,12 +853,11 @@ def print_run(
         f"data      {config.dataset}: {train_size:,} training, {val_size:,} validation, "
         f"{test_size:,} test images of {len(classes)} classes"
     )
-    norm = f", norm {config.norm}" if config.model in WITH_LRN else ""
-    print(f"network   {config.model}{norm}, {parameters:,} parameters, seed {config.seed}")
+    norm = normalization_of(model)
+    print(f"network   {config.model}, {norm}, {parameters:,} parameters, seed {config.seed}")
     print(
         f"training  {config.epochs} epochs, batch size {config.batch_size}, learning rate "
-        f"{config.lr:g}, x {config.gamma:g} after epochs {drops}, "
-        f"weight decay {config.weight_decay:g}"
+        f"{config.lr:g}, {schedule}, weight decay {config.weight_decay:g}"
     )
     print(
         f"hardware  {hardware['device_used']}, {hardware['processor']}, {config.precision}, "
@@ -857,7 +870,7 @@ def print_run(
         if small:
             print(f"note: no validation images of {', '.join(small[:5])}")
     if config.batch_size >= train_size:
-        print("note: a batch holds all training images, so an epoch is one step: try a smaller one")
+        print("note: a batch holds all training images, an epoch is one step: lower --batch-size")
 
 
 def print_resumed(run: dict[str, Any], hardware: dict[str, Any]) -> None:
@@ -1094,13 +1107,14 @@ def compute_test_metrics(
         "test_error_multi_view_interval": wilson_interval(100 - multi.top1, count),
         "test_loss": single.loss,
         "test_loss_multi_view": multi.loss,
-        "test_top3_error": 100 - single.top3,
-        "test_top5_error": 100 - single.top5,
         "test_class_accuracy": accuracies,
         "test_most_confused": confused,
         "test_calibration_error": calibration_error(in_use.log_probabilities, in_use.labels),
         "test_calibration_error_uncalibrated": calibration_error(average_views(logits), labels),
     }
+    for k, accuracy in ((3, single.top3), (5, single.top5)):
+        if k < len(classes):
+            metrics[f"test_top{k}_error"] = 100 - accuracy
     if len(use_views) > 1:
         metrics["test_error_with_mirror"] = 100 - in_use.top1
     sizes = confusion_counts(single).sum(1)
@@ -1119,7 +1133,7 @@ TEST_LINES = {  # what is printed of a test, and its key in summary.json
     "not in the top 3": "test_top3_error",
     "not in the top 5": "test_top5_error",
     "calibration error": "test_calibration_error",
-    "uncalibrated": "test_calibration_error_uncalibrated",
+    "  with temperature 1": "test_calibration_error_uncalibrated",
 }
 
 
@@ -1141,7 +1155,7 @@ def print_test(title: str, metrics: dict[str, Any]) -> None:
     print(f"  loss                     {metrics['test_loss']:8.4f}")
     smallest = min(metrics["test_class_images"].values())
     if smallest < ENOUGH_TO_RANK:
-        print(f"  too few test images of a class ({smallest:,}) to say which is the weakest")
+        print(f"  too few test images of a class ({smallest:,}) to rank the classes by accuracy")
         return
     weakest = sorted(metrics["test_class_accuracy"].items(), key=lambda item: item[1])
     shown = 3 if len(weakest) <= 20 else 10
@@ -1233,7 +1247,9 @@ def report(
         what = "test accuracy {:.2f} %"
         which = "best" if val_loader else "last"
         print_test(f"the {which} epoch ({best['epoch']}), {config.dataset}", summary)
-        print(f"the number to report: test error {metrics['test_error']:.2f} %, one view")
+        low, high = metrics["test_error_interval"]
+        error = f"{metrics['test_error']:.2f} % ({low:.2f} to {high:.2f})"
+        print(f"the number to report: test error {error}, one view")
         save_tables(folder, test_loader, evaluation, in_use)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
     title = f"{run_title(config)}: {what.format(evaluation.top1)}"
@@ -1440,7 +1456,7 @@ def new_run(config: Config, named: Collection[str]) -> tuple[Config, dict[str, A
         elif differs:
             print(f"note: {config.init_from} has {flag_name(name)} {value}")
     if taken:
-        print(f"note: as in {config.init_from}: {', '.join(taken)}")
+        print(f"note: {', '.join(taken)} is taken over from {config.init_from}")
     recipe = RECIPES.get(config.recipe, {})
     if any(settings.get(name, value) != value for name, value in recipe.items()):
         settings["recipe"] = None  # it is another one now
@@ -1534,8 +1550,8 @@ def copy_weights(trained: dict[str, Any], model: nn.Module, classes: list[str], 
     if len(new) == len(own):
         raise UserError(f"--init-from {path}: none of its weights fits this network", 2)
     model.load_state_dict(own)
-    unused = sorted(weights.keys() - (own.keys() - set(new)))
-    parts = {"new": new, "unused": unused}
+    unknown = sorted(weights.keys() - own.keys())
+    parts = {"with new values": new, "not in this network": unknown}
     listed = [f"{part}: {', '.join(names)}" for part, names in parts.items() if names]
     print("; ".join([f"weights   from {path}", *listed]))
 
@@ -1685,7 +1701,7 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
         # whose message would tell how to run the code in the file
         is_code = type(error).__name__ == "UnpicklingError"
         why = "it holds more than tensors, numbers and text" if is_code else reason(error)
-        raise UserError(f"cannot use {path}: damaged, or of another network ({why})") from None
+        raise UserError(f"cannot use {path}: of another network, or damaged ({why})") from None
 
 
 def load_checkpoint(path: Path, flag: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@
     python tests/benchmark.py                                     # three rounds on this machine
     python tests/benchmark.py --rounds 7 --steps 30 --json results/speed.json
     python tests/benchmark.py --networks --steps 5 --json results/networks.json
-    python tests/benchmark.py --of-2012 --rounds 7 --steps 200 --json results/speed-80sec.json
+    python tests/benchmark.py --of-2012 --rounds 5 --json results/speed-of-2012.json
     python tests/benchmark.py --frameworks --rounds 5 --json results/speed-frameworks.json
 
 Every number comes from a fresh process. The contenders run in turn, round after round, so that a
@@ -69,9 +69,13 @@ NETWORKS |= {f"{model}-inference": Contender(model, "inference", model=model) fo
 OF_2012 = {
     "listed": CONTENDERS["listed"],
     "80sec": Contender("this script, `--recipe 80sec`", "script", recipe="80sec"),
-    "80sec-plain": Contender("a plain loop of the same network", "plain", malloc=False),
-    "80sec-plain-allocator": Contender("a plain loop + our malloc settings", "plain"),
+    "80sec-plain": Contender("80sec, a plain loop", "plain", recipe="80sec", malloc=False),
+    "80sec-plain-allocator": Contender(
+        "80sec, a plain loop + our malloc settings", "plain", recipe="80sec"
+    ),
 }
+for recipe in ("18pct", "13pct", "11pct"):
+    OF_2012[recipe] = Contender(f"this script, `--recipe {recipe}`", "script", recipe=recipe)
 FRAMEWORKS = {"default": CONTENDERS["default"]}
 for framework, title in {"tensorflow": "TensorFlow", "jax": "JAX", "pytorch": "PyTorch"}.items():
     for precision in ("fp32", "bf16"):
@@ -340,7 +344,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     seconds(1)
     start_up = time.time() - args.started
-    steps = args.steps or (20 if device.type == "cpu" else 1000)
+    on_cpu = 200 if contender.recipe else 20  # a step of those of 2012 is short
+    steps = args.steps or (on_cpu if device.type == "cpu" else 1000)
     seconds(3)
     rate = steps * images / seconds(steps)
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
@@ -498,7 +503,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--rounds", type=int, default=3, help="processes for each contender (default: 3)")
-    add("--steps", type=int, help="timed steps in each (default: 20 on a CPU, 1,000 elsewhere)")
+    add("--steps", type=int, help="timed steps in each (on a CPU 20 or 200, elsewhere 1,000)")
     add("--device", default="auto", help="as in the script (default: auto)")
     add("--data-dir", default=str(ROOT / "data"), help="folder of CIFAR-10 (default: data)")
     add("--workers", type=int, default=2, help="DataLoader workers of the listed script")

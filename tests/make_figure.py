@@ -4,20 +4,17 @@
     python tests/make_figure.py
 
 Points for the recipes on CIFAR-10, at the minutes of the table: mean and standard deviation over all
-seeds, on whatever machine; a green one over those on the GPU where all five ran there too. The
-default recipe at
-the speed of the script that is listed in the architecture document, whose images per second stand
-beside ours in speed.json; and the four results that the page of cuda-convnet gave in 2012.
+seeds, on whatever machine; a green one over those on the GPU where all five ran there too. The four
+results that the page of cuda-convnet gave in 2012, joined to ours of the same networks, on as many
+views. The default recipe at the speed of the script that is listed in the architecture document,
+whose images per second stand beside ours in speed.json.
 """
 
 import statistics
 
-from make_tables import RECIPES, RESULTS, fastest, load
+from make_tables import NETWORKS_OF_2012, RECIPES, RESULTS, fastest, load, minutes_on_two_cores
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-# https://code.google.com/archive/p/cuda-convnet: minutes on one GPU, test error in percent
-CUDA_CONVNET = [(80 / 60, 26), (20, 18), (25, 13), (75, 11)]
 
 
 def draw(axes: Axes, runs: list[dict], minutes: float, name: str, color: str) -> None:
@@ -54,14 +51,22 @@ def main() -> None:
             text = "default at the speed\nof the listed script"
             place = {"textcoords": "offset points", "ha": "right", "color": "dimgray"}
             axes.annotate(text, (slow, runs[0]["test_error"]), (8, 8), **place)
-    axes.plot(*zip(*CUDA_CONVNET), "^", color="tab:red")
-    for minutes, error in CUDA_CONVNET:
+    for name, (_, error, views, minutes) in NETWORKS_OF_2012.items():
+        then = float(minutes)
+        axes.plot(then, error, "^", color="tab:red")
+        runs = load(f"cifar10-{name}/**/summary.json")
+        if runs:
+            key = "test_error" if views == 1 else "test_error_multi_view"
+            ours, now = statistics.mean(run[key] for run in runs), minutes_on_two_cores(name)
+            axes.plot([then, now], [error, ours], color="tab:red", lw=0.8)
+            axes.plot(now, ours, "o", color="tab:red")
         place = {"textcoords": "offset points", "color": "tab:red"}
-        axes.annotate(f"{error} %", (minutes, error), (7, -3), **place)
+        axes.annotate(f"{name} ({error} %)", (then, error), (-4, 6), **place)
     axes.plot([], [], "o", color="tab:blue", label="this script on two CPU cores")
     axes.plot([], [], "o", color="tab:green", label="this script on an NVIDIA H100")
     axes.plot([], [], "o", color="black", mfc="white", label="the same networks, ten views")
-    axes.plot([], [], "^", color="tab:red", label="cuda-convnet on one GPU, 2012")
+    axes.plot([], [], "^", color="tab:red", label="his networks on one GPU, 2012")
+    axes.plot([], [], "o", color="tab:red", label="his networks, this script, two CPU cores")
     axes.legend(frameon=False)
     axes.set(xlabel="minutes of training", ylabel="test error on CIFAR-10 (%)", xscale="log")
     axes.set_xticks(ticks := [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], map(str, ticks))

@@ -53,7 +53,7 @@ def test_a_run_writes_its_files_and_no_others(trained_once):
 def test_a_run_begins_with_its_data_network_training_hardware_and_folder(trained_once, small):
     lines = dict(line.split(maxsplit=1) for line in trained_once[1].out.splitlines()[:6])
     assert f"{small}: 180 training, 20 validation, 50 test images" in lines["data"]
-    assert "krizhevsky, norm lrn, 762,794 parameters" in lines["network"]
+    assert "krizhevsky, LRN, 762,794 parameters" in lines["network"]
     for setting in ("2 epochs", "batch size 32", "rate 0.01,", "epochs 1, 2"):
         assert setting in lines["training"]
     assert "cpu" in lines["hardware"] and torch.__version__ in lines["hardware"]
