@@ -67,7 +67,6 @@ MODELS = ("krizhevsky", "five-conv", "alexnet", "compact")
 NETWORKS = {f"{model}-training": Contender(model, "script", model=model) for model in MODELS}
 NETWORKS |= {f"{model}-inference": Contender(model, "inference", model=model) for model in MODELS}
 OF_2012 = {
-    "listed": CONTENDERS["listed"],
     "80sec": Contender("this script, `--recipe 80sec`", "script", recipe="80sec"),
     "80sec-plain": Contender("80sec, a plain loop", "plain", recipe="80sec", malloc=False),
     "80sec-plain-allocator": Contender(
