@@ -132,7 +132,7 @@ class Config:
     deterministic: bool     = flag(False, "deterministic algorithms on a GPU too, as always on a CPU")
     # files
     output_dir: str | None  = flag(None, "folder of the run (default: runs/DATASET-MODEL-seedK[-N])")
-    resume: str | None      = flag(None, "continue the newest run, or that of a last.pt or folder", nargs="?", const="")
+    resume: str | None      = flag(None, "continue this command's newest run, or that of a last.pt or folder", nargs="?", const="")
     tensorboard: bool       = flag(False, "also log to TensorBoard, in the run's folder")
     # instead of training
     summary: bool           = flag(False, "print the layers of the network and exit")
@@ -843,7 +843,7 @@ def print_run(
     classes = loaders[0].classes
     parameters = sum(p.numel() for p in model.parameters())
     schedule = type(scheduler).__name__
-    if isinstance(scheduler, optim.lr_scheduler.MultiStepLR):
+    if hasattr(scheduler, "milestones"):
         drops = ", ".join(map(str, config.milestones))
         schedule = f"times {config.gamma:g} after epochs {drops}"
     kernels = "compiled" if hardware["compiled"] else "eager"
@@ -1898,6 +1898,7 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> int:
     speed_up_lrn(model, config.compile, classifier.device, classifier.precision)
     loader = classifier.loader(data.test_images, data.test_labels)
     loader.paths = data.test_paths
+    print(f"testing on {len(loader.labels):,} images, several views of each", flush=True)
     metrics, evaluation, in_use = compute_test_metrics(
         model, loader, classifier.precision, trained.augment, classifier.temperature
     )
@@ -2518,26 +2519,29 @@ def replace_lrn(model: nn.Module, compiled: bool) -> None:
                 model.set_submodule(relu_of[name], nn.Identity())
 
 
-def speed_up_lrn(model: nn.Module, wanted: str, device: torch.device, precision: str) -> bool:
+def speed_up_lrn(
+    model: nn.Module, wanted: str, device: torch.device | str, precision: str
+) -> bool:  # fmt: skip
     """Have the LRN layers of a model run fast, compiled if `wanted`; returns whether they are.
 
     A copy is compiled first, on two images, which compiles all kernels. If it fails there is a
     note. MPS is left alone. Not compiled, LRN is fast on a CPU only, elsewhere it stays the plain
     formula.
     """
+    device = torch.device(device)
     if device.type == "cpu":
         replace_lrn(model, compiled=False)
     has_lrn = any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
     if not has_lrn or wanted == "off" or device.type == "mps":
         return False
-    import torch._dynamo  # fails here, in one line, where its cache cannot be made
+    from torch import _dynamo as dynamo  # fails here, in one line, where its cache cannot be made
 
     size = input_size(model)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     images = images.to(device, memory_format=memory_format(device))
     try:
         without_bf16 = device.type == "cuda" and choose_precision("auto", device) == "fp32"
-        if torch._dynamo.config.disable or (precision == "bf16" and without_bf16):
+        if dynamo.config.disable or (precision == "bf16" and without_bf16):
             raise RuntimeError("TORCH_COMPILE_DISABLE is set, or this GPU has no bf16")
         trial = copy.deepcopy(model).eval()
         replace_lrn(trial, compiled=True)
@@ -3286,8 +3290,14 @@ def check(config: Config, passed: dict[str, Any]) -> None:
         raise UserError(f"--val-size {config.val_size}: {val} is the validation set", 2)
     if config.resume and passed.keys() & {"seeds", "output_dir"}:
         raise UserError("--resume FILE continues in its folder: no --seeds, no --output-dir", 2)
-    if bool(config.checkpoint) != bool(passed.keys() & {"evaluate", "image", "image_dir"}):
+    of_lrn = passed.keys() & {"norm", "lrn_size", "lrn_alpha", "lrn_beta", "lrn_k"}
+    if of_lrn and config.model not in WITH_LRN and not config.checkpoint:
+        raise UserError(f"{flag_name(min(of_lrn))}: {config.model} has no LRN", 2)
+    uses = passed.keys() & {"evaluate", "image", "image_dir"}
+    if config.checkpoint and not uses:
         raise UserError("--checkpoint goes with --image FILE, --image-dir DIR or --evaluate", 2)
+    if uses and not config.checkpoint:
+        raise UserError(f"{flag_name(min(uses))} needs --checkpoint best.pt", 2)
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, Any]]:

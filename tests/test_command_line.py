@@ -285,6 +285,16 @@ def test_editing_the_block_and_passing_the_flag_are_the_same(ck):
     assert asdict(edited["parse_arguments"]([])[0]) == asdict(ck.parse_arguments(flags.split())[0])
 
 
+def test_a_flag_of_lrn_is_refused_where_the_network_has_none(tmp_path):
+    for words in (["--model", "compact", "--norm", "none"], ["--recipe", "80sec", "--lrn-size", 3]):
+        assert "has no LRN" in one_line_error(call(*words, cwd=tmp_path), code=2)
+
+
+def test_a_picture_without_a_network_is_told_what_it_needs(tmp_path):
+    message = one_line_error(call("--image", "cat.png", cwd=tmp_path), code=2)
+    assert message == "error: --image needs --checkpoint best.pt"
+
+
 def test_the_pep_723_block_is_requirements_txt():
     block = re.search(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", SCRIPT.read_text())[1]
     dependencies = ast.literal_eval(re.search(r"(?s)dependencies = (\[.*?\])", block)[1])
