@@ -829,7 +829,8 @@ def normalization_of(model: nn.Module) -> str:
     for layer in model.modules():
         is_lrn = isinstance(layer, LocalResponseNormalization)
         kind = "LRN" if is_lrn else type(layer).__name__
-        if (is_lrn or "Norm" in kind) and kind not in kinds:
+        is_a_layer = not [*layer.children()]
+        if is_a_layer and (is_lrn or "Norm" in kind) and kind not in kinds:
             kinds.append(kind)
     return " and ".join(kinds) or "no normalization"
 

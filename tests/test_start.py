@@ -374,7 +374,9 @@ def test_batch_normalization_in_place_of_lrn_trains_resumes_and_predicts(
 
     monkeypatch.setitem(ck.MODELS, "krizhevsky", WithBatchNorm)
     result = call(*quick_flags(small), "--output-dir", "run", cwd=tmp_path)
-    assert result.code == 0 and "krizhevsky, BatchNorm2d, " in result.out
+    assert result.code == 0, result.err
+    network = [line for line in result.out.splitlines() if line.startswith("network ")]
+    assert "krizhevsky, BatchNorm2d, " in network[0], network
     assert call("--resume", "run", "--epochs", 3, cwd=tmp_path).code == 0
     result = call(
         "--checkpoint", "run/best.pt", "--image-dir", small / "test", "--json", cwd=tmp_path
