@@ -228,8 +228,10 @@ def test_a_seed_gives_always_the_same_weights_and_another_seed_others(ck):
 
 @every_network
 def test_the_flags_of_the_network_reach_every_layer(ck, name):
-    flags = f"--model {name} --dropout 0.25 --lrn-size 3 --lrn-alpha 0.5 --lrn-beta 0.6"
-    config, _ = ck.parse_arguments(f"{flags} --lrn-k 1.5".split())
+    of_lrn = (
+        "--lrn-size 3 --lrn-alpha 0.5 --lrn-beta 0.6 --lrn-k 1.5" if name in ck.WITH_LRN else ""
+    )
+    config, _ = ck.parse_arguments(f"--model {name} --dropout 0.25 {of_lrn}".split())
     with torch.device("meta"):
         layers = [*ck.build_model(config, 10).modules()]
     assert {m.p for m in layers if isinstance(m, nn.Dropout | nn.Dropout2d)} == {0.25}

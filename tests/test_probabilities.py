@@ -47,7 +47,7 @@ def likelihood_is_greatest(ck, checkpoint, val_loader):
 def test_the_temperature_is_the_best_one_for_the_held_out_images_as_they_are_printed(
     ck, small, longer, tmp_path
 ):
-    flags = (*quick_flags(small), "--val-size", 100, "--no-test")
+    flags = (*quick_flags(small), "--val-size", 100, "--no-test", "--precision", "fp32")
     finish(*flags, "--output-dir", "run", cwd=tmp_path)
     if longer:
         finish("--resume", "run/last.pt", "--epochs", 3, "--no-test", cwd=tmp_path)
@@ -67,7 +67,8 @@ def test_classifier_and_image_average_the_mirror_image_where_training_flipped(
     ck, augment, small, tmp_path
 ):
     run = (*quick_flags(small), "--epochs", 1, "--augment", augment, "--no-test")
-    assert call(*run, "--output-dir", "run", cwd=tmp_path).code == 0
+    fp32 = ("--precision", "fp32", "--output-dir", "run")
+    assert call(*run, *fp32, cwd=tmp_path).code == 0
     best = tmp_path / "run" / "best.pt"
     paths = sorted((small / "test").rglob("*.png"))[:5]
     expected = by_hand(ck, best, torch.stack([ck.read_picture(path) for path in paths]))
