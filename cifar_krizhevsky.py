@@ -1899,7 +1899,7 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> int:
     speed_up_lrn(model, config.compile, classifier.device, classifier.precision)
     loader = classifier.loader(data.test_images, data.test_labels)
     loader.paths = data.test_paths
-    print(f"testing on {len(loader.labels):,} images, several views of each", flush=True)
+    print(f"testing on {len(loader.labels):,} images", flush=True)
     metrics, evaluation, in_use = compute_test_metrics(
         model, loader, classifier.precision, trained.augment, classifier.temperature
     )
@@ -2237,7 +2237,8 @@ class LocallyConnected2d(nn.Module):
         padded = F.pad(places_first, (0, 0, 0, 0, 1, 1, 1, 1)).flatten(0, 1)
         nine = padded.index_select(0, self.nine_of_each).unflatten(0, (-1, 9))
         patches = nine.transpose(1, 2).flatten(2)  # (size^2, N, 9 * in)
-        weight = self.weight.unflatten(1, (-1, 9)).transpose(1, 2).flatten(1, 2)  # in their order
+        by_patch = self.weight.unflatten(1, (-1, 9)).transpose(1, 2)  # (size^2, 9, in, out)
+        weight = by_patch.flatten(1, 2)
         outputs = torch.baddbmm(self.bias, patches, weight)  # (size^2, N, out)
         return outputs.unflatten(0, (self.size, self.size)).permute(2, 3, 0, 1)
 
