@@ -39,6 +39,7 @@ import copy
 import csv
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -66,7 +67,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn, optim
+from torch import Tensor, distributed, fx, nn, optim
 from torch.nn import functional as F
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images (B, 3, 32, 32) and labels (B,)
@@ -92,7 +93,10 @@ def flag(
 # fmt: off
 @dataclass
 class Config:
-    """Every setting. Edit a default, or pass the flag of its name (batch_size: --batch-size)."""
+    """Every setting. Edit a default, or pass the flag of its name (batch_size: --batch-size).
+
+    A recipe's values come before these defaults, and flags before both.
+    """
 
     # data
     dataset: str            = flag("cifar10", "cifar10, cifar100, cifar10-mini, or a folder of pictures")
@@ -262,8 +266,6 @@ class KrizhevskyNet(nn.Module):
     beta and k of LRN, None for none; `dropout` is that of the inputs of fc2 and fc3.
     """
 
-    relu_of = (("norm1", "relu1"), ("norm2", "relu2"))  # compiled LRN does the work of these ReLUs
-
     def __init__(
         self, num_classes: int = 10, lrn: Sequence[float] | None = (5, 1e-4, 0.75, 2.0),
         dropout: float = 0.0,
@@ -300,22 +302,33 @@ class KrizhevskyNet(nn.Module):
         return self.fc3(x)
 
 
-WITH_LRN = ("krizhevsky", "18pct", "11pct", "alexnet")  # their classes take `lrn`
 TinyImageNet = KrizhevskyNet  # its name in the document it is from; not the data set of that name
+
+
+def has_lrn(model: nn.Module) -> bool:
+    return any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
+
+
+def takes_lrn(name: str) -> bool:
+    """Whether the class of this network takes `lrn`: size, alpha, beta and k, or None."""
+    return "lrn" in inspect.signature(MODELS[name]).parameters
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """The network of this configuration, with the initial weights of its seed, on the CPU."""
     options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
-    if config.model in WITH_LRN:
+    if takes_lrn(config.model):
         constants = (config.lrn_size, config.lrn_alpha, config.lrn_beta, config.lrn_k)
         options["lrn"] = {"lrn": constants, "none": None}[config.norm]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 0, 0))
         try:
-            return MODELS[config.model](num_classes, **options)
+            model = MODELS[config.model](num_classes, **options)
         except ValueError as error:
             raise UserError(f"--model {config.model}: {error}", 2) from None
+    if "lrn" not in options and has_lrn(model):
+        raise UserError(f"--model {config.model}: it has LRN, so its class must take `lrn`", 2)
+    return model
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -1198,7 +1211,8 @@ def describe_run(
         "command": run["command"],
         "setup_seconds": run["setup_seconds"],
         "data_digest": run["data"],
-        "norm": config.norm if config.model in WITH_LRN else "none",
+        "norm": config.norm if takes_lrn(config.model) else "none",
+        "normalization": normalization_of(model),  # what the network has, however it was edited
         "train_images": len(train_loader.labels),
         "torchvision_version": getattr(sys.modules.get("torchvision"), "__version__", None),
         "numpy_version": np.__version__,
@@ -1377,10 +1391,11 @@ RESUMABLE = {
 NETWORK = ("model", "norm", "lrn_size", "lrn_alpha", "lrn_beta", "lrn_k", "dropout", "inputs")
 
 
-def run_folder(config: Config) -> Path:
-    """--output-dir, or runs/DATASET-MODEL-seedK, ...-2, ...-3: the next, or the newest to resume.
+def run_folder(config: Config, named: Collection[str] = ()) -> Path:
+    """--output-dir, or runs/DATASET-MODEL-seedK, ...-2, ...-3: the next, or the one to resume.
 
-    A new run takes the highest number yet plus one, so that the newest has the highest.
+    A new run takes the highest number yet plus one, so that the newest has the highest. Resumed is
+    the newest; if flags name settings, the newest with all the settings of this command, if any.
     """
     if config.output_dir:
         return user_path(config.output_dir)
@@ -1388,13 +1403,29 @@ def run_folder(config: Config) -> Path:
     seed = "seeds" if config.seeds else f"seed{config.seed}"
     name = f"{dataset}-{config.model}-{seed}"
     pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
-    number = 0
+    runs = {}
     for path in Path("runs").glob("*"):
         if match := pattern.fullmatch(path.name):
-            number = max(number, int(match[1] or 1))
+            runs[int(match[1] or 1)] = path
+    newest = max(runs, default=0)
     if config.resume is None:
-        number += 1
-    return Path("runs", name if number < 2 else f"{name}-{number}")
+        newest += 1
+        return Path("runs", name if newest < 2 else f"{name}-{newest}")
+    names_settings = set(named) - RESUMABLE - {"model", "seed"}  # these two are in the folder's name
+    for number in sorted(runs, reverse=True):
+        if names_settings and has_settings(runs[number] / "last.pt", config):
+            return runs[number]
+    return runs.get(newest, Path("runs", name))
+
+
+def has_settings(last: Path, config: Config) -> bool:
+    """Whether a last.pt is of a run that was begun with these settings, RESUMABLE ones aside."""
+    try:
+        asked = load_checkpoint(last, "--resume")["asked"]
+    except UserError:  # the newest is loaded again, and says it
+        return False
+    wanted = asdict(config)
+    return all(asked.get(name) == wanted[name] for name in wanted.keys() - RESUMABLE)
 
 
 def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Config, dict[str, Any]]:
@@ -1404,7 +1435,7 @@ def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Confi
     """
     if config.resume is None and not config.output_dir:
         return None, *new_run(config, named)
-    folder = run_folder(config)
+    folder = run_folder(config, named)
     last = folder / "last.pt"
     if config.resume:
         last = user_path(config.resume)
@@ -1444,7 +1475,7 @@ def new_run(config: Config, named: Collection[str]) -> tuple[Config, dict[str, A
     }
     if not config.init_from:
         return config, run
-    trained = load_checkpoint(user_path(config.init_from), "--checkpoint")
+    trained = load_checkpoint(user_path(config.init_from), "--init-from")
     settings = {}
     taken = []
     for name in NETWORK:
@@ -1513,14 +1544,14 @@ def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Pat
     for name, as_saved in differ.items():
         if name in named and name not in RESUMABLE:
             wrong[name] = as_saved
-        elif name not in named and (name == "epochs" or name not in RESUMABLE):
+        elif name not in named and (name in ("epochs", "no_test") or name not in RESUMABLE):
             kept.append(as_saved)
     if wrong.keys() - {"recipe"}:  # a name, which says no more than its settings
         listed = ", ".join(wrong.values())
         raise UserError(f"the flags contradict {path}, which has {listed}", 2)
     if kept:
         print(f"note: as in {path}, and not as in Config: {', '.join(kept)}")
-    merged = replace(old, no_test=config.no_test)
+    merged = replace(old)
     for name in RESUMABLE.intersection(named):
         setattr(merged, name, getattr(config, name))
     if merged.epochs != old.epochs:
@@ -1706,7 +1737,7 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: Path, flag: str) -> dict[str, Any]:
-    """Load what `--resume` or `--checkpoint` takes as data, never as code, to the CPU.
+    """Load what one of these flags takes, as data, never as code, to the CPU.
 
     Its `config` becomes a Config. Raises UserError if the file is missing, damaged or another.
     """
@@ -1718,7 +1749,8 @@ def load_checkpoint(path: Path, flag: str) -> dict[str, Any]:
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"model", "config"}:
             raise UserError(f"{path} is no best.pt or last.pt: it was not written by this script")
         if ("optimizer" in checkpoint) != (flag == "--resume"):
-            raise UserError(f"{path}: --resume takes a last.pt, --checkpoint a best.pt")
+            wanted = "a last.pt" if flag == "--resume" else "a best.pt"
+            raise UserError(f"{path}: {flag} takes {wanted}")
         saved = {"augment": "crop-flip", **checkpoint["config"]}  # an old best.pt has none
         known = {option.name for option in fields(Config)}
         config = Config(**{name: saved[name] for name in saved.keys() & known})
@@ -2142,6 +2174,15 @@ def initialize(model: nn.Module, stds: dict[str, float]) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def average_pool() -> nn.Module:
+    """3x3, stride 2; at the edge the mean of what is there.
+
+    PyTorch has no padding to count here, so that `count_include_pad` changes nothing; it tells ncnn
+    to divide by what is there too.
+    """
+    return nn.AvgPool2d(kernel_size=3, stride=2, ceil_mode=True, count_include_pad=False)
+
+
 class Net80sec(nn.Module):
     """Three convolutions and two linear layers, without normalization.
 
@@ -2154,18 +2195,18 @@ class Net80sec(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 32, kernel_size=5, padding=2)
         self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
-        self.relu1 = nn.ReLU(inplace=True)
+        self.relu1 = nn.ReLU()
 
         self.conv2 = nn.Conv2d(32, 32, kernel_size=5, padding=2)
-        self.relu2 = nn.ReLU(inplace=True)
-        self.pool2 = nn.AvgPool2d(kernel_size=3, stride=2, ceil_mode=True)
+        self.relu2 = nn.ReLU()
+        self.pool2 = average_pool()
 
         self.conv3 = nn.Conv2d(32, 64, kernel_size=5, padding=2)
-        self.relu3 = nn.ReLU(inplace=True)
-        self.pool3 = nn.AvgPool2d(kernel_size=3, stride=2, ceil_mode=True)
+        self.relu3 = nn.ReLU()
+        self.pool3 = average_pool()
 
         self.fc64 = nn.Linear(64 * 4 * 4, 64)
-        self.relu4 = nn.ReLU(inplace=True)
+        self.relu4 = nn.ReLU()
         self.dropout = nn.Dropout(dropout)
         self.fc10 = nn.Linear(64, num_classes)
         initialize(self, {"conv1": 1e-4, "conv2": 0.01, "conv3": 0.01, "fc64": 0.1, "fc10": 0.1})
@@ -2193,17 +2234,17 @@ class Net18pct(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 32, kernel_size=5, padding=2)
         self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
-        self.relu1 = nn.ReLU(inplace=True)
+        self.relu1 = nn.ReLU()
         self.norm1 = MapNormalization(*lrn) if lrn else nn.Identity()
 
         self.conv2 = nn.Conv2d(32, 32, kernel_size=5, padding=2)
-        self.relu2 = nn.ReLU(inplace=True)
-        self.pool2 = nn.AvgPool2d(kernel_size=3, stride=2, ceil_mode=True)
+        self.relu2 = nn.ReLU()
+        self.pool2 = average_pool()
         self.norm2 = MapNormalization(*lrn) if lrn else nn.Identity()
 
         self.conv3 = nn.Conv2d(32, 64, kernel_size=5, padding=2)
-        self.relu3 = nn.ReLU(inplace=True)
-        self.pool3 = nn.AvgPool2d(kernel_size=3, stride=2, ceil_mode=True)
+        self.relu3 = nn.ReLU()
+        self.pool3 = average_pool()
 
         self.dropout = nn.Dropout(dropout)
         self.fc10 = nn.Linear(64 * 4 * 4, num_classes)
@@ -2251,7 +2292,6 @@ class Net11pct(nn.Module):
 
     input_size = 24
     decay_factors = {"conv1": 0.0, "conv2": 0.0, "local3": 1.0, "local4": 1.0, "fc10": 2.5}
-    relu_of = (("norm1", "relu1"), ("norm2", "relu2"))
 
     def __init__(
         self, num_classes: int = 10, lrn: Sequence[float] | None = (9, 1e-3, 0.75, 1.0),
@@ -2260,18 +2300,18 @@ class Net11pct(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, kernel_size=5, padding=2)
         self.pool1 = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
-        self.relu1 = nn.ReLU(inplace=True)
+        self.relu1 = nn.ReLU()
         self.norm1 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
 
         self.conv2 = nn.Conv2d(64, 64, kernel_size=5, padding=2)
-        self.relu2 = nn.ReLU(inplace=True)
+        self.relu2 = nn.ReLU()
         self.norm2 = LocalResponseNormalization(*lrn) if lrn else nn.Identity()
         self.pool2 = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
 
         self.local3 = LocallyConnected2d(64, local3_maps, size=6)
-        self.relu3 = nn.ReLU(inplace=True)
+        self.relu3 = nn.ReLU()
         self.local4 = LocallyConnected2d(local3_maps, 32, size=6)
-        self.relu4 = nn.ReLU(inplace=True)
+        self.relu4 = nn.ReLU()
 
         self.dropout = nn.Dropout(dropout)
         self.fc10 = nn.Linear(32 * 6 * 6, num_classes)
@@ -2317,8 +2357,6 @@ class FiveConvNet(nn.Sequential):
 
 class AlexNet(nn.Module):
     """The network of the AlexNet paper, whole, for images enlarged to 227x227; 58 M parameters."""
-
-    relu_of = (("features.2", "features.1"), ("features.6", "features.5"))
 
     def __init__(
         self, num_classes: int = 10, lrn: Sequence[float] | None = (5, 1e-4, 0.75, 2.0),
@@ -2510,9 +2548,36 @@ class FastLRN(LocalResponseNormalization):
         return _LRNFunction.apply(x, self)
 
 
+class _LayerTracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return not [*module.children()]
+
+
+def relus_before_lrn(model: nn.Module) -> dict[str, str]:
+    """The names of LRN layers, each with that of the nn.ReLU whose output it alone takes.
+
+    They are read from what `forward` does with them; none if torch.fx cannot record that.
+    """
+    try:
+        graph = _LayerTracer().trace(model)
+    except Exception:  # for example an `if` that depends on values
+        return {}
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    times = Counter(node.target for node in calls)
+    found = {}
+    for node in calls:
+        if not isinstance(model.get_submodule(node.target), LocalResponseNormalization):
+            continue
+        (before,) = node.all_input_nodes
+        if before in calls and len(before.users) == 1 and times[before.target] == 1:
+            if type(model.get_submodule(before.target)) is nn.ReLU:
+                found[node.target] = before.target
+    return found
+
+
 def replace_lrn(model: nn.Module, compiled: bool) -> None:
     """Put a FastLRN in place of each LRN layer; a compiled one also of the ReLU before it."""
-    relu_of = dict(getattr(model, "relu_of", ())) if compiled else {}
+    relu_of = relus_before_lrn(model) if compiled else {}
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, LocalResponseNormalization):
             relu = name in relu_of or getattr(layer, "relu", False)  # it may be one already
@@ -2533,8 +2598,7 @@ def speed_up_lrn(
     device = torch.device(device)
     if device.type == "cpu":
         replace_lrn(model, compiled=False)
-    has_lrn = any(isinstance(layer, LocalResponseNormalization) for layer in model.modules())
-    if not has_lrn or wanted == "off" or device.type == "mps":
+    if not has_lrn(model) or wanted == "off" or device.type == "mps":
         return False
     from torch import _dynamo as dynamo  # fails here, in one line, where its cache cannot be made
 
@@ -3293,7 +3357,7 @@ def check(config: Config, passed: dict[str, Any]) -> None:
     if config.resume and passed.keys() & {"seeds", "output_dir"}:
         raise UserError("--resume FILE continues in its folder: no --seeds, no --output-dir", 2)
     of_lrn = passed.keys() & {"norm", "lrn_size", "lrn_alpha", "lrn_beta", "lrn_k"}
-    if of_lrn and config.model not in WITH_LRN and not config.checkpoint:
+    if of_lrn and not takes_lrn(config.model) and not config.checkpoint:
         raise UserError(f"{flag_name(min(of_lrn))}: {config.model} has no LRN", 2)
     uses = passed.keys() & {"evaluate", "image", "image_dir"}
     if config.checkpoint and not uses:

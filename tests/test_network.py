@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cifar_krizhevsky import KrizhevskyNet
+
 
 def by_passes(layer: nn.Module) -> nn.Module:
     """The layer as a run on a CPU computes it."""
@@ -226,10 +228,75 @@ def test_a_seed_gives_always_the_same_weights_and_another_seed_others(ck):
         assert torch.equal(weight, again[name]) and not torch.equal(weight, other[name])
 
 
+class LeakyNet(KrizhevskyNet):
+    """As edited by a user who likes leaky ReLUs."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.relu1 = nn.LeakyReLU(0.3)
+
+
+class NormFirstNet(KrizhevskyNet):
+    """LRN before the ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool1(self.relu1(self.norm1(self.conv1(x))))
+        x = self.pool2(self.norm2(self.relu2(self.conv2(x))))
+        x = self.pool3(self.relu3(self.conv3(x))).flatten(1)
+        return self.fc3(self.relu5(self.fc2(self.relu4(self.fc1(x)))))
+
+
+class SkipNet(KrizhevskyNet):
+    """What the first ReLU gives is used beside LRN too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.conv1(x))
+        x = self.pool1(x + self.norm1(x))
+        x = self.pool2(self.norm2(self.relu2(self.conv2(x))))
+        x = self.pool3(self.relu3(self.conv3(x))).flatten(1)
+        return self.fc3(self.relu5(self.fc2(self.relu4(self.fc1(x)))))
+
+
+class SharedNet(KrizhevskyNet):
+    """One ReLU for all places."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.relu2 = self.relu3 = self.relu4 = self.relu5 = self.relu1
+
+
+@pytest.mark.parametrize("edited", [LeakyNet, NormFirstNet, SkipNet, SharedNet])
+def test_fast_lrn_takes_over_a_relu_only_where_an_edited_network_stays_the_same(ck, edited):
+    """With the constants of his network and large inputs, so that LRN is far from a constant."""
+    torch.manual_seed(0)
+    model = edited(10, (5, 1.0, 0.75, 1.0)).eval()
+    images = 5 * torch.randn(4, 3, 32, 32)
+    expected = model(images)
+    ck.replace_lrn(model, compiled=True)
+    for layer in (model.norm1, model.norm2):
+        assert isinstance(layer, ck.FastLRN)
+        layer.compiled = False  # the same passes, without the minute of a compiler
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
+
+
+class MineNet(KrizhevskyNet):
+    def __init__(self, num_classes, lrn=None, dropout=0.0) -> None:
+        super().__init__(num_classes, lrn, dropout)
+
+
+def test_a_network_of_ones_own_is_given_the_constants_of_the_flags(ck, monkeypatch):
+    monkeypatch.setitem(ck.MODELS, "mine", MineNet)
+    model = ck.build_model(ck.Config(model="mine", lrn_alpha=0.5, lrn_k=1.0), 10)
+    assert (model.norm1.alpha, model.norm1.k) == (0.5, 1.0)
+    monkeypatch.setitem(ck.MODELS, "mine", LeakyNet)  # its signature does not show `lrn`
+    with pytest.raises(ck.UserError, match="lrn"):
+        ck.build_model(ck.Config(model="mine"), 10)
+
+
 @every_network
 def test_the_flags_of_the_network_reach_every_layer(ck, name):
     of_lrn = (
-        "--lrn-size 3 --lrn-alpha 0.5 --lrn-beta 0.6 --lrn-k 1.5" if name in ck.WITH_LRN else ""
+        "--lrn-size 3 --lrn-alpha 0.5 --lrn-beta 0.6 --lrn-k 1.5" if ck.takes_lrn(name) else ""
     )
     config, _ = ck.parse_arguments(f"--model {name} --dropout 0.25 {of_lrn}".split())
     with torch.device("meta"):

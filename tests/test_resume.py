@@ -197,6 +197,29 @@ def test_a_second_experiment_needs_no_flag_and_the_newest_is_continued(flags, tm
     assert len([*runs.iterdir()]) == 3
 
 
+def test_of_several_runs_the_one_of_this_commands_settings_is_continued(flags, small, tmp_path):
+    one = [*flags, "--epochs", 1, "--no-test"]
+    other = [*one, "--momentum", 0.5]
+    first, second = (tmp_path / "runs" / f"small-alexnet-seed0{number}" for number in ("", "-2"))
+    for command in (one, other):
+        finish(*command, cwd=tmp_path)
+    for command, folder, not_this in ((one, first, second), (other, second, first)):
+        before = files(not_this)
+        finish(*command, "--epochs", 2, "--resume", cwd=tmp_path)
+        assert len(read(folder / "metrics.csv")) == 2 and files(not_this) == before
+    before = files(first)
+    no_settings = ["--dataset", small, "--model", "alexnet", "--epochs", 3, "--no-test", "--resume"]
+    finish(*no_settings, cwd=tmp_path)  # the newest
+    assert len(read(second / "metrics.csv")) == 3 and files(first) == before
+
+
+def test_a_run_without_a_test_stays_one(flags, tmp_path):
+    finish(*flags, "--epochs", 1, "--no-test", "--output-dir", "run", cwd=tmp_path)
+    for words in (["--resume", "run/last.pt"], [*flags, "--output-dir", "run", "--resume"]):
+        out = finish(*words, cwd=tmp_path)
+        assert "--no-test" in out and "test_error" not in read(tmp_path / "run" / "summary.json")
+
+
 def test_resume_file_continues_in_its_folder_with_its_settings_and_one_note_of_them(
     halfway, whole, tmp_path
 ):

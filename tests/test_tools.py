@@ -32,6 +32,8 @@ def as_trained(ck) -> nn.Module:
     return model.eval()
 
 
+NETWORKS = ["krizhevsky", "80sec", "18pct", "13pct", "11pct", "five-conv", "alexnet", "compact"]
+every_network = pytest.mark.parametrize("name", NETWORKS)
 every_model = pytest.mark.parametrize("make", [load, of_a_classifier, as_trained])
 
 
@@ -170,10 +172,12 @@ def test_fx_and_torchvisions_feature_extractor(ck, samples, expected, make):
     torch.testing.assert_close(features["fc3"], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["krizhevsky", "five-conv", "alexnet", "compact"])
+@every_network
 def test_every_layer_is_at_one_place_as_captums_deeplift_wants(ck, name):
     with torch.device("meta"):
-        model, images = ck.MODELS[name](), torch.zeros(2, 3, 32, 32)
+        model = ck.MODELS[name]()
+        size = ck.input_size(model)
+        images = torch.zeros(2, 3, size, size)
     runs = []
     for layer in model.modules():
         if not [*layer.children()]:
@@ -182,16 +186,17 @@ def test_every_layer_is_at_one_place_as_captums_deeplift_wants(ck, name):
     assert len(runs) == len(set(runs)) > 10
 
 
-@pytest.mark.parametrize("name", ["krizhevsky", "five-conv", "alexnet", "compact"])
+@every_network
 def test_a_hook_keeps_what_its_layer_gave(ck, samples, name):
     images, _ = samples
     model = ck.build_model(ck.Config(model=name), 10).eval()
+    size = ck.input_size(model)
     seen = []
     for layer in model.modules():
         if not [*layer.children()]:
             layer.register_forward_hook(lambda *call: seen.append((call[2], call[2].clone())))
     with torch.no_grad():
-        model(images[:2])
+        model(images[:2, :, :size, :size])
     assert all(torch.equal(now, then) for now, then in seen)
 
 
