@@ -1411,7 +1411,9 @@ def run_folder(config: Config, named: Collection[str] = ()) -> Path:
     if config.resume is None:
         newest += 1
         return Path("runs", name if newest < 2 else f"{name}-{newest}")
-    names_settings = set(named) - RESUMABLE - {"model", "seed"}  # these two are in the folder's name
+    names_settings = (
+        set(named) - RESUMABLE - {"model", "seed"}
+    )  # these two are in the folder's name
     for number in sorted(runs, reverse=True):
         if names_settings and has_settings(runs[number] / "last.pt", config):
             return runs[number]
@@ -2569,9 +2571,9 @@ def relus_before_lrn(model: nn.Module) -> dict[str, str]:
         if not isinstance(model.get_submodule(node.target), LocalResponseNormalization):
             continue
         (before,) = node.all_input_nodes
-        if before in calls and len(before.users) == 1 and times[before.target] == 1:
-            if type(model.get_submodule(before.target)) is nn.ReLU:
-                found[node.target] = before.target
+        alone = len(before.users) == 1 and times[before.target] == 1
+        if before in calls and alone and type(model.get_submodule(before.target)) is nn.ReLU:
+            found[node.target] = before.target
     return found
 
 

@@ -295,9 +295,7 @@ def test_a_network_of_ones_own_is_given_the_constants_of_the_flags(ck, monkeypat
 
 @every_network
 def test_the_flags_of_the_network_reach_every_layer(ck, name):
-    of_lrn = (
-        "--lrn-size 3 --lrn-alpha 0.5 --lrn-beta 0.6 --lrn-k 1.5" if ck.takes_lrn(name) else ""
-    )
+    of_lrn = "--lrn-size 3 --lrn-alpha 0.5 --lrn-beta 0.6 --lrn-k 1.5" if ck.takes_lrn(name) else ""
     config, _ = ck.parse_arguments(f"--model {name} --dropout 0.25 {of_lrn}".split())
     with torch.device("meta"):
         layers = [*ck.build_model(config, 10).modules()]
