@@ -33,6 +33,10 @@ NETWORKS_OF_2012 = {  # epochs; error, views and minutes on one GPU, as his page
     "13pct": (140, 13, 10, "25"),
     "11pct": (450, 11, 10, "75"),
 }
+PAIRS_OF_2012 = [  # his network without and with its LRN
+    ("ablation-11pct-10-none", "ablation-11pct-10"),
+    ("ablation-11pct-140-none", "ablation-11pct-140"),
+]
 EARLIER = {"cifar10-quick-64", "cifar10-short-128"}  # recipes as they were
 ALONE = {  # the runs that had the machine to themselves
     "cifar10-quick/seed0", "cifar10-short/seed4", "cifar10-medium-cpu", "cifar100-short-cpu",
@@ -74,6 +78,11 @@ def error_from(accuracy: float | None) -> float | None:
     return None if accuracy is None else 100 - accuracy
 
 
+def is_one_view(run: dict) -> bool:
+    """Whether it was trained on the images as they are, so that its test has no other view."""
+    return run.get("test_views") == 1
+
+
 def interval(run: dict, key: str) -> str:
     return "{:.2f} ({:.2f} to {:.2f})".format(run[key], *run[f"{key}_interval"])
 
@@ -106,7 +115,7 @@ COLUMNS = {  # of the tables with a row for each run, besides the keys of summar
     "validation": lambda run: percent(error_from(run["best_val_accuracy"])),
     "last validation": lambda run: percent(error_from(run["last_val_accuracy"])),
     "one view": lambda run: interval(run, "test_error"),
-    "ten views": lambda run: interval(run, "test_error_multi_view"),
+    "ten views": lambda run: "–" if is_one_view(run) else interval(run, "test_error_multi_view"),
     "last epoch": lambda run: percent(run["last_test_error"]),
     "minutes": lambda run: f"{run['training_seconds'] / 60:.3g}",
     "machine": machine,
@@ -175,7 +184,9 @@ def folder_row(folder: str) -> dict:
     by_seed = list({run["seed"]: run for run in runs}.values())
     columns = {
         "error": [run["test_error"] for run in by_seed],
-        "ten views": [run["test_error_multi_view"] for run in by_seed],
+        "ten views": [
+            None if is_one_view(run) else run["test_error_multi_view"] for run in by_seed
+        ],
         "validation": [error_from(run["best_val_accuracy"]) for run in by_seed],
     }
     link = runs[0]["path"].relative_to(RESULTS)
@@ -198,11 +209,12 @@ def of_2012() -> Iterator[dict]:
 
 
 def other_runs() -> Iterator[dict]:
-    shown = {*RECIPES, *(f"cifar10-{name}" for name in NETWORKS_OF_2012)}
+    shown = {*RECIPES, *(f"cifar10-{name}" for name in NETWORKS_OF_2012), *sum(PAIRS_OF_2012, ())}
     folders = {name_of(run).split("/")[0] for run in load("*/**/summary.json")}
     for folder in sorted(folders - shown):
         row = folder_row(folder)
-        del row["PyTorch"], row["alone"]  # they are in seeds.md
+        for column in ("minutes", "machine", "PyTorch", "alone"):
+            del row[column]  # they are in seeds.md
         yield row
 
 
@@ -244,6 +256,8 @@ def paired_difference(ours: list[float], others: list[float]) -> str:
     """The mean of the differences, and its 95 % interval by Student's t."""
     differences = [one - other for one, other in zip(ours, others, strict=True)]
     mean, n = statistics.mean(differences), len(differences)
+    if n == 1:
+        return f"{mean:+.2f}"
     half = STUDENT_T[n] * statistics.stdev(differences) / n**0.5
     return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
 
@@ -260,6 +274,21 @@ def ablation_by_seeds() -> Iterator[dict]:
                 paired_difference(errors, others) if runs is not without else "–"
             )
         yield row
+
+
+def ablation_of_2012() -> Iterator[dict]:
+    for pair in PAIRS_OF_2012:
+        without, _ = groups = [load(f"{name}/seed?/summary.json") for name in pair]
+        for name, runs in zip(pair, groups):
+            row = folder_row(name)
+            row = {column: row[column] for column in ("folder", "epochs", "n")}
+            for views, key in (("one view", "test_error"), ("ten views", "test_error_multi_view")):
+                errors, others = ([run[key] for run in each] for each in (runs, without))
+                row[views] = percent(*errors)
+                row[f"{views}, minus without"] = (
+                    "–" if runs is without else paired_difference(errors, others)
+                )
+            yield row
 
 
 def comparison() -> Iterator[dict]:
@@ -347,6 +376,7 @@ TABLES = {
     "runs": published,
     "runs-of-2012": of_2012,
     "comparison": comparison,
+    "ablation-of-2012": ablation_of_2012,
     "ablation-by-seeds": ablation_by_seeds,
     "ablation": lambda: summaries("ablation-*/summary.json", f"{ABLATION}, one view, ten views"),
     "other-runs": other_runs,

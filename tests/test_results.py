@@ -124,6 +124,28 @@ def test_the_readme_says_how_much_easier_the_held_out_tenth_is():
     assert said == (f"{statistics.mean(gaps):.1f}", str(len(gaps)))
 
 
+def test_the_readme_says_what_the_pairs_of_11pct_show():
+    page = " ".join((ROOT / "README.md").read_text().split())
+    keys = ("test_error_multi_view", "test_error")
+    errors = {}
+    for folder in ("10", "10-none", "140", "140-none"):
+        runs = [RUNS[name] for name in sorted(RUNS) if name.startswith(f"ablation-11pct-{folder}/")]
+        errors[folder] = [[run[key] for run in runs] for key in keys]
+    said = r"it has ([\d.]+) % error on ten views, ([\d.]+) without \(difference (\S+), "
+    said += r"95 % interval (\S+) to (\S+), n = (\d)\)\. After 140 one seed cannot tell: "
+    said += r"([\d.]+) and ([\d.]+), on one view ([\d.]+) and ([\d.]+)\."
+    (numbers,) = re.findall(said, page)
+    with_lrn, without = errors["10"][0], errors["10-none"][0]
+    difference = make_tables.paired_difference(with_lrn, without)
+    assert numbers == (
+        f"{statistics.mean(with_lrn):.2f}",
+        f"{statistics.mean(without):.2f}",
+        *re.findall(r"[-+][\d.]+", difference),
+        str(len(with_lrn)),
+        *(f"{errors[folder][view][0]:.2f}" for view in (0, 1) for folder in ("140", "140-none")),
+    )
+
+
 def test_the_search_for_hyperparameters_never_saw_the_test_set():
     assert len(SEARCH) > 1
     for run in SEARCH.values():
