@@ -310,8 +310,14 @@ def has_lrn(model: nn.Module) -> bool:
 
 
 def takes_lrn(name: str) -> bool:
-    """Whether the class of this network takes `lrn`: size, alpha, beta and k, or None."""
-    return "lrn" in inspect.signature(MODELS[name]).parameters
+    """Whether the class of this network, or what its **options go to, takes `lrn`."""
+    for network in MODELS[name].__mro__:
+        parameters = inspect.signature(network).parameters
+        if "lrn" in parameters:
+            return True
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return False
+    return False
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -801,7 +807,9 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
 def resolve_milestones(milestones: Iterable[float] | None, epochs: int) -> list[int]:
     """The epochs after which the learning rate drops, from epochs and fractions of all epochs."""
     resolved = set()
-    for milestone in milestones or (0.3, 0.6, 0.8):  # None in two published best.pt
+    if milestones is None:  # in two published best.pt
+        milestones = (0.3, 0.6, 0.8)
+    for milestone in milestones:
         if milestone < 1:
             milestone = milestone * epochs
         resolved.add(max(1, round(milestone)))  # never 0: MultiStepLR would drop at once
@@ -859,7 +867,7 @@ def print_run(
     schedule = type(scheduler).__name__
     if hasattr(scheduler, "milestones"):
         drops = ", ".join(map(str, config.milestones))
-        schedule = f"times {config.gamma:g} after epochs {drops}"
+        schedule = f"times {config.gamma:g} after epochs {drops}" if drops else "constant"
     kernels = "compiled" if hardware["compiled"] else "eager"
     if hardware["cuda_graphs"]:
         kernels += ", CUDA graphs"
@@ -1373,7 +1381,8 @@ PLOTS = ("curves.png", "predictions.png", "confusion.png", "filters.png")
 TABLES = ("predictions.csv", "confusion.csv")  # of the test
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "summary.json", *TABLES, *PLOTS)
 
-# What --resume may change, if it is passed; everything else comes from last.pt.
+# What --resume may change, if it is passed; everything else comes from last.pt. --no-test is as this
+# command has it, so that a run which was tuned without a test is tested by leaving it out.
 RESUMABLE = {
     "dataset",
     "data_dir",
@@ -1546,14 +1555,14 @@ def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Pat
     for name, as_saved in differ.items():
         if name in named and name not in RESUMABLE:
             wrong[name] = as_saved
-        elif name not in named and (name in ("epochs", "no_test") or name not in RESUMABLE):
+        elif name not in named and (name == "epochs" or name not in RESUMABLE):
             kept.append(as_saved)
     if wrong.keys() - {"recipe"}:  # a name, which says no more than its settings
         listed = ", ".join(wrong.values())
         raise UserError(f"the flags contradict {path}, which has {listed}", 2)
     if kept:
         print(f"note: as in {path}, and not as in Config: {', '.join(kept)}")
-    merged = replace(old)
+    merged = replace(old, no_test=config.no_test)
     for name in RESUMABLE.intersection(named):
         setattr(merged, name, getattr(config, name))
     if merged.epochs != old.epochs:
@@ -1756,6 +1765,8 @@ def load_checkpoint(path: Path, flag: str) -> dict[str, Any]:
         saved = {"augment": "crop-flip", **checkpoint["config"]}  # an old best.pt has none
         known = {option.name for option in fields(Config)}
         config = Config(**{name: saved[name] for name in saved.keys() & known})
+        if config.model not in MODELS:
+            raise UserError(f"{path} is of a --model {config.model}, which is not in MODELS")
         # an old best.pt has None
         config.milestones = resolve_milestones(config.milestones, config.epochs)
         checkpoint.setdefault("white", {})  # an old one has none
@@ -2276,6 +2287,9 @@ class LocallyConnected2d(nn.Module):
         self.register_buffer("nine_of_each", nine_of_each.flatten(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        wanted = f"a {self.size}x{self.size} input: see input_size of the network"
+        torch._assert(x.size(2) == self.size, wanted)  # torch.fx records it, and no `if`
+        torch._assert(x.size(3) == self.size, wanted)
         places_first = x.permute(2, 3, 0, 1)  # (size, size, N, in)
         padded = F.pad(places_first, (0, 0, 0, 0, 1, 1, 1, 1)).flatten(0, 1)
         nine = padded.index_select(0, self.nine_of_each).unflatten(0, (-1, 9))
@@ -2858,7 +2872,8 @@ def read_picture(source: Any, white: dict[str, float] | None = None) -> Tensor:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):
             picture = to_8_bits(picture, (white or {}).get(picture.mode[0]))
-        if "A" in picture.mode.upper() or "transparency" in picture.info:
+        has_alpha = "A" in picture.mode.upper() and picture.mode != "LAB"
+        if has_alpha or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             background = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(background, picture)

@@ -347,3 +347,11 @@ def test_norm_none_takes_the_normalization_out_and_nothing_else(network, name):
 def test_an_unknown_way_to_augment_is_one_line(tmp_path):
     result = call("--augment", "flip", cwd=tmp_path)
     assert "--augment" in one_line_error(result, 2)
+
+
+@pytest.mark.parametrize("side", [20, 32])
+def test_a_local_network_refuses_images_of_another_size(ck, side):
+    """Larger ones were classified without a word by weights of other places."""
+    model = ck.build_model(ck.Config(model="13pct"), 10)
+    with pytest.raises(AssertionError, match="6x6"):
+        model(torch.zeros(2, 3, side, side))

@@ -279,18 +279,20 @@ def test_fast_lrn_takes_over_a_relu_only_where_an_edited_network_stays_the_same(
     torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
 
 
-class MineNet(KrizhevskyNet):
-    def __init__(self, num_classes, lrn=None, dropout=0.0) -> None:
-        super().__init__(num_classes, lrn, dropout)
+class ConstantNet(KrizhevskyNet):
+    """One that the flags cannot reach."""
+
+    def __init__(self, num_classes, dropout=0.0) -> None:
+        super().__init__(num_classes, dropout=dropout)
 
 
-def test_a_network_of_ones_own_is_given_the_constants_of_the_flags(ck, monkeypatch):
-    monkeypatch.setitem(ck.MODELS, "mine", MineNet)
-    model = ck.build_model(ck.Config(model="mine", lrn_alpha=0.5, lrn_k=1.0), 10)
+def test_a_network_of_ones_own_is_given_the_constants_of_the_flags_or_refused(ck, monkeypatch):
+    monkeypatch.setitem(ck.MODELS, "leaky", LeakyNet)  # its `lrn` is one of **options
+    model = ck.build_model(ck.Config(model="leaky", lrn_alpha=0.5, lrn_k=1.0), 10)
     assert (model.norm1.alpha, model.norm1.k) == (0.5, 1.0)
-    monkeypatch.setitem(ck.MODELS, "mine", LeakyNet)  # its signature does not show `lrn`
+    monkeypatch.setitem(ck.MODELS, "constant", ConstantNet)
     with pytest.raises(ck.UserError, match="lrn"):
-        ck.build_model(ck.Config(model="mine"), 10)
+        ck.build_model(ck.Config(model="constant"), 10)
 
 
 @every_network

@@ -213,13 +213,6 @@ def test_of_several_runs_the_one_of_this_commands_settings_is_continued(flags, s
     assert len(read(second / "metrics.csv")) == 3 and files(first) == before
 
 
-def test_a_run_without_a_test_stays_one(flags, tmp_path):
-    finish(*flags, "--epochs", 1, "--no-test", "--output-dir", "run", cwd=tmp_path)
-    for words in (["--resume", "run/last.pt"], [*flags, "--output-dir", "run", "--resume"]):
-        out = finish(*words, cwd=tmp_path)
-        assert "--no-test" in out and "test_error" not in read(tmp_path / "run" / "summary.json")
-
-
 def test_resume_file_continues_in_its_folder_with_its_settings_and_one_note_of_them(
     halfway, whole, tmp_path
 ):

@@ -396,3 +396,22 @@ def test_crops_of_24_in_the_default_network(ck, small, tmp_path, monkeypatch):
     result = call(*quick_flags(small), "--output-dir", "run", cwd=tmp_path)
     assert result.code == 0, result.err
     assert "error, 10 views" in result.out
+
+
+def test_an_empty_list_of_milestones_is_a_constant_rate(ck, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"dataset": str(small), "epochs": 2, "val_size": 20, "batch_size": 64}
+    options = {"milestones": [], "no_test": True, "compile": "off", "device": "cpu"}
+    summary = ck.train(ck.Config(**settings, **options, output_dir="run"))
+    assert summary["milestones"] == []
+
+
+def test_a_checkpoint_of_a_network_that_is_gone_is_told_in_one_line(
+    ck, small, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(ck.MODELS, "mynet", ck.Net80sec)
+    flags = [*quick_flags(small), "--model", "mynet", "--no-test", "--output-dir", "run"]
+    assert call(*flags, cwd=tmp_path).code == 0
+    monkeypatch.delitem(ck.MODELS, "mynet")
+    for words in (["--resume", "run"], [*quick_flags(small), "--init-from", "run/best.pt"]):
+        assert "mynet" in one_line_error(call(*words, cwd=tmp_path))
