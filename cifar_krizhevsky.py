@@ -311,8 +311,9 @@ def has_lrn(model: nn.Module) -> bool:
 
 def takes_lrn(name: str) -> bool:
     """Whether the class of this network, or what its **options go to, takes `lrn`."""
-    for network in MODELS[name].__mro__:
-        parameters = inspect.signature(network).parameters
+    network = MODELS[name]
+    for one in getattr(network, "__mro__", [network]):  # a class and its bases, or a function
+        parameters = inspect.signature(one).parameters
         if "lrn" in parameters:
             return True
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
