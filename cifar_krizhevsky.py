@@ -1421,9 +1421,8 @@ def run_folder(config: Config, named: Collection[str] = ()) -> Path:
     if config.resume is None:
         newest += 1
         return Path("runs", name if newest < 2 else f"{name}-{newest}")
-    names_settings = (
-        set(named) - RESUMABLE - {"model", "seed"}
-    )  # these two are in the folder's name
+    in_name = {"model", "seed"}
+    names_settings = set(named) - RESUMABLE - in_name
     for number in sorted(runs, reverse=True):
         if names_settings and has_settings(runs[number] / "last.pt", config):
             return runs[number]
