@@ -1432,11 +1432,23 @@ def run_folder(config: Config, named: Collection[str] = ()) -> Path:
 def has_settings(last: Path, config: Config) -> bool:
     """Whether a last.pt is of a run that was begun with these settings, RESUMABLE ones aside."""
     try:
-        asked = load_checkpoint(last, "--resume")["asked"]
+        run = load_checkpoint(last, "--resume")
     except UserError:  # the newest is loaded again, and says it
         return False
-    wanted = asdict(config)
-    return all(asked.get(name) == wanted[name] for name in wanted.keys() - RESUMABLE)
+    return different_settings(config, run).keys() <= RESUMABLE
+
+
+def different_settings(config: Config, run: dict[str, Any]) -> dict[str, str]:
+    """The settings that last.pt has otherwise, each with the flag of its value there.
+
+    Equal is what was asked for too, before it was resolved: None, "auto", fractions.
+    """
+    differ = {}
+    for name, value in asdict(run["config"]).items():
+        asked = run["asked"].get(name, value)
+        if getattr(config, name) not in (value, asked):
+            differ[name] = f"{flag_name(name)} {value}"
+    return differ
 
 
 def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Config, dict[str, Any]]:
@@ -1446,6 +1458,8 @@ def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Confi
     """
     if config.resume is None and not config.output_dir:
         return None, *new_run(config, named)
+    if config.resume == "" and not config.output_dir:
+        config, _ = new_run(config, named)  # its folder is named after the network of `init_from`
     folder = run_folder(config, named)
     last = folder / "last.pt"
     if config.resume:
@@ -1519,11 +1533,12 @@ def make_folder(folder: Path | None, config: Config, is_new: bool) -> Path:
         if is_new:
             refuse_files(folder)  # another run may have begun there since
         folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    folder = run_folder(config)
-    folder.mkdir(parents=True)
-    if not folder.name.endswith(f"-seed{config.seed}"):
-        print(f"note: there are earlier runs, so this one goes to {folder}")
+    else:
+        folder = run_folder(config)
+        folder.mkdir(parents=True)
+        if not folder.name.endswith(f"-seed{config.seed}"):
+            print(f"note: there are earlier runs, so this one goes to {folder}")
+    stop.folder = folder
     return folder
 
 
@@ -1545,14 +1560,9 @@ def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Pat
     is named and not; and noted if it is not named. So are fewer epochs than are done a UserError.
     """
     old = run["config"]
-    differ = {}
-    for name, value in asdict(old).items():
-        asked = run["asked"].get(name, value)  # before it was resolved: None, "auto", fractions
-        if getattr(config, name) not in (value, asked):
-            differ[name] = f"{flag_name(name)} {value}"
     wrong = {}
     kept = []
-    for name, as_saved in differ.items():
+    for name, as_saved in different_settings(config, run).items():
         if name in named and name not in RESUMABLE:
             wrong[name] = as_saved
         elif name not in named and (name == "epochs" or name not in RESUMABLE):
@@ -1567,6 +1577,7 @@ def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Pat
         setattr(merged, name, getattr(config, name))
     if merged.epochs != old.epochs:
         merged.recipe = None
+        print(f"note: {merged.epochs} epochs, with the learning-rate schedule of {old.epochs}")
     if merged.epochs < run["epoch"]:
         raise UserError(f"--epochs {merged.epochs}: {path} has {run['epoch']} epochs already", 2)
     return merged
@@ -2787,16 +2798,18 @@ def read_mini(data_dir: Path) -> Dataset:
     return Dataset(images, labels, test_images, test_labels, classes, mean, std)
 
 
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")  # no data: .ipynb_checkpoints, ._x.png
+
+
 def list_pictures(folder: Path) -> list[Path]:
     """The pictures in a folder and below, by the suffixes that Pillow opens; notes other files."""
     from PIL import Image
 
     files = []
-    hidden = re.compile(r"(^|/)(\.|__MACOSX/)")  # no data: .ipynb_checkpoints, ._x.png
     for entry in folder.iterdir():  # rglob follows no link, and a class may be one
         for path in (entry, *entry.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if not path.is_dir() and not hidden.search(name):  # a link to nothing is named later
+            if not path.is_dir() and not HIDDEN.search(name):  # a link to nothing is named later
                 files.append(path)
     suffixes = Image.registered_extensions()
     pictures = []
@@ -2980,6 +2993,10 @@ def find_class_folders(folder: Path) -> dict[Path, str]:
     strays = len(found) - len(class_of)
     if not class_of:
         raise UserError(f"{folder} holds {strays} pictures, but no folder of a class")
+    classes = set(class_of.values())
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and entry.name not in classes and not HIDDEN.match(entry.name):
+            raise UserError(f"{entry} holds no pictures")
     if strays:
         print(f"note: {strays} pictures in {folder} are in no folder of a class")
     return class_of
@@ -3311,7 +3328,7 @@ COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt}  # what limits
 
 def complaint(value: Any, option: Field) -> str:
     """The rule of a setting that this value breaks; "" if it breaks none."""
-    if value is None or value == option.metadata["const"]:
+    if value == option.metadata["const"]:
         return ""
     if value == "":
         return "must not be empty"
@@ -3333,7 +3350,7 @@ def as_declared(value: Any, option: Field) -> Any:
     Raises UserError for another type.
     """
     kind = kind_of(option)
-    if value is None or type(value) is kind:
+    if type(value) is kind:
         return value
     if kind is str and isinstance(value, str | os.PathLike):
         return os.fspath(value)
@@ -3349,15 +3366,17 @@ def check_settings(config: Config) -> Config:
     values = {}
     for option in fields(Config):
         value = getattr(config, option.name)
-        is_list = isinstance(value, list | tuple)
+        if value is None and type(None) in get_args(option.type):
+            continue
+        is_list = option.metadata["nargs"] == "+"
         items = []
-        for item in value if is_list else [value]:
+        for item in value if is_list and isinstance(value, list | tuple) else [value]:
             item = as_declared(item, option)
             if why := complaint(item, option):
                 raise UserError(f"{flag_name(option.name)} {item}: {why}", 2)
             items.append(item)
         values[option.name] = items if is_list else items[0]
-    return Config(**values)
+    return replace(config, **values)
 
 
 EXCLUSIVE = [("seeds", "seed"), ("evaluate", "image"), ("evaluate", "image_dir")]
@@ -3407,6 +3426,7 @@ def stop(*_: Any) -> None:
 
 
 stop.requested = False
+stop.folder = None  # of the run that trains: what a stopped command tells to resume
 
 
 @contextlib.contextmanager
@@ -3428,6 +3448,7 @@ def process_settings(rank: int) -> Iterator[None]:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch uses 2 MB pages: 5 % faster
     deterministic = torch.are_deterministic_algorithms_enabled()
     stop.requested = False
+    stop.folder = None
     handlers = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):  # not in the main thread
@@ -3466,10 +3487,12 @@ def run_command(config: Config, passed: dict[str, Any]) -> int:
 def explain(error: BaseException, config: Config, passed: dict[str, Any]) -> tuple[int, str]:
     """The exit code and the line for what a user can fix; anything else is a bug, and raised."""
     if isinstance(error, KeyboardInterrupt):
-        if config.checkpoint or config.summary:
+        if stop.folder is None:
             return 130, "\nstopped"
-        command = command_of({**passed, "resume": config.resume or ""})
-        return 130, f"\nstopped; finished epochs are kept. To continue:\n  {command}"
+        again = {**passed, "output_dir": None, "resume": str(stop.folder)}
+        if config.seeds:
+            again = {**passed, "resume": ""}
+        return 130, f"\nstopped; finished epochs are kept. To continue:\n  {command_of(again)}"
     if isinstance(error, UserError):
         return error.exit_code, f"error: {error}"
     if isinstance(error, ImportError):

@@ -344,6 +344,12 @@ def test_a_folder_that_is_no_data_set_is_refused_by_name(pictures, tmp_path):
     def error(dataset: Path) -> str:
         return one_line_error(call(*quick_flags(dataset), cwd=tmp_path))
 
+    for empty in (pictures / "train" / "cow", pictures / "test" / "cow" / "more"):
+        empty.mkdir(parents=True)  # pictures of cows are to come, or in a format unknown here
+    assert "train/cow holds no pictures" in error(pictures)
+    (pictures / "train" / "cow").rmdir()
+    assert "test/cow holds no pictures" in error(pictures)
+    shutil.rmtree(pictures / "test" / "cow")
     (pictures / "test" / "dog").rename(pictures / "test" / "fox")
     assert "dog" in error(pictures) and "fox" in error(pictures)
     shutil.rmtree(pictures / "test")

@@ -307,6 +307,29 @@ def test_a_stopped_run_says_how_to_continue_and_loses_nothing(blow, flags, whole
     assert differences(tmp_path / "a run", whole) == []
 
 
+def test_a_stopped_run_names_its_own_folder_and_before_it_has_one_none(
+    ck, flags, tmp_path, monkeypatch
+):
+    finish(*flags, "--epochs", 1, cwd=tmp_path)
+    before = files(tmp_path)
+
+    def stopped(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ck, "read_run_data", stopped)
+        result = call(*flags, cwd=tmp_path)
+    assert result.code == 130 and result.err == "\nstopped\n"
+    assert files(tmp_path) == before
+    result = train(*flags, cwd=tmp_path, blow=(signal.SIGINT, "step", 5))
+    assert result.err.endswith(f"--resume {Path('runs/small-alexnet-seed0-2')}\n")
+    finish(*flags, "--epochs", 1, cwd=tmp_path)  # a newer run of these settings
+    before = files(tmp_path / "runs/small-alexnet-seed0-3")
+    _, _, *words = shlex.split(result.err.splitlines()[-1])
+    assert "resuming after epoch 1" in finish(*words, cwd=tmp_path)
+    assert files(tmp_path / "runs/small-alexnet-seed0-3") == before
+
+
 def test_a_stop_that_is_swallowed_on_its_way_still_stops(flags, tmp_path, monkeypatch):
     def swallowing(*_: object) -> None:  # as torch.compile's guards may do
         with contextlib.suppress(KeyboardInterrupt):
@@ -329,7 +352,7 @@ def test_the_message_of_a_stopped_run_survives_a_tee_that_dies_first(small, tmp_
     finally:
         process.kill()
     assert "Traceback" not in err and "Error" not in err
-    assert err.rstrip().endswith("--compile off --resume")
+    assert err.rstrip().endswith(f"--resume {Path('runs/small-krizhevsky-seed0')}")
 
 
 def test_seeds_continue_where_they_were_killed_and_finished_ones_stay(flags, tmp_path):

@@ -111,13 +111,15 @@ def test_settings_from_python_are_checked_as_flags_are_and_stored_as_plain_value
     ck, small, tmp_path
 ):
     wrong = ({"select": "acc"}, {"inputs": "mean_image"}, {"precision": "bfloat16"}, {"lr": -0.01},
-             {"model": "nope"}, {"norm": "None"}, {"epochs": 2.5}, {"epochs": "2"}, {"dataset": 5})  # fmt: skip
+             {"model": "nope"}, {"norm": "None"}, {"epochs": 2.5}, {"epochs": "2"}, {"dataset": 5},
+             {"seed": None}, {"milestones": None}, {"milestones": [0.5, None]}, {"lr": [0.1]})  # fmt: skip
     for settings in wrong:
         (name,) = settings
         with pytest.raises(ck.UserError, match=f"--{name}"):
             ck.train(ck.Config(**settings))
     config = ck.Config(dataset=small, epochs=np.int64(1), lr=np.float64(0.01), gamma=np.float32(0.5),
-                       output_dir=tmp_path / "run", no_test=np.bool_(True), compile="off")  # fmt: skip
+                       milestones=0.5, output_dir=tmp_path / "run", no_test=np.bool_(True),
+                       compile="off")  # fmt: skip
     ck.train(config)
     for name in ("last.pt", "best.pt"):
         torch.load(tmp_path / "run" / name, weights_only=True)
@@ -224,6 +226,18 @@ def test_a_run_from_trained_weights_is_resumed_without_their_file(small, tmp_pat
     for name, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][name])
     assert whole["mean"] == resumed["mean"]
+
+
+def test_a_run_is_resumed_that_took_its_network_over(small, tmp_path):
+    flags = [*quick_flags(small), "--epochs", 1, "--no-test"]
+    source = [*flags, "--model", "five-conv", "--output-dir", "source"]
+    assert call(*source, cwd=tmp_path).code == 0
+    command = [*flags, "--init-from", "source/best.pt"]
+    assert call(*command, cwd=tmp_path).code == 0
+    result = call(*command, "--resume", "--epochs", 2, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert "resuming after epoch 1" in result.out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["small-five-conv-seed0"]
 
 
 def test_seeds_from_trained_weights_are_resumed_where_one_is_missing(small, tmp_path):
