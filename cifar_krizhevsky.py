@@ -102,8 +102,8 @@ class Config:
     dataset: str            = flag("cifar10", "cifar10, cifar100, cifar10-mini, or a folder of pictures")
     data_dir: str           = flag("data", "where CIFAR is kept; the first run downloads it")
     val_size: int | None    = flag(None, "training images held out (default: a tenth); 0: none", ">= 0")
-    augment: str            = flag("crop-flip", "how training images vary", choices=["crop-flip", "crop", "none"])
     inputs: str             = flag("standardized", "0-255 and mean-image: only minus the mean", choices=["standardized", "0-255", "mean-image"])
+    augment: str            = flag("crop-flip", "how training images vary", choices=["crop-flip", "crop", "none"])
     # network
     model: str              = flag("krizhevsky", "which network")  # a name in MODELS
     norm: str               = flag("lrn", "none takes LRN out of a network that has it", choices=["lrn", "none"])
@@ -199,6 +199,16 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+def stop(*_: Any) -> None:
+    """Handle Ctrl-C and SIGTERM. torch.compile's guards may swallow the exception, not the flag."""
+    stop.requested = True
+    raise KeyboardInterrupt
+
+
+stop.requested = False
+stop.folder = None  # of the run that trains: what a stopped command tells to resume
+
+
 def user_path(path: str | Path) -> Path:
     """A path that a user gave, with its `~`; not by Path, which fails for an unknown user's."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
@@ -230,7 +240,7 @@ class LocalResponseNormalization(nn.Module):
 
     Section 3.3 of the AlexNet paper, with alpha divided by the window size as in Krizhevsky's code
     and in `nn.LocalResponseNorm`, which gives the same values. This plain formula is what the layer
-    is, for exporters too; only the script's own run has its own model do it faster (`FastLRN`).
+    is, for exporters too; `train` and `Classifier` have their own model do it faster (`FastLRN`).
 
     Shape: (N, C, H, W) to (N, C, H, W), any floating type; the denominator is fp32 or better.
     Raises ValueError if size is below 1 or the input is not four-dimensional.
@@ -657,25 +667,27 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     config = check_settings(config)
     check_recipe(config)
     folder, config, run = open_run(config, named)  # run: what last.pt holds
+    is_resumed = "model" in run
 
     # Device, data, network, optimizer
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # fails here, not after an epoch
     device = choose_device(config.device)
+    check_processes(config, device)
     precision = choose_precision(config.precision, device)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for CUDA's matrix products
         torch.use_deterministic_algorithms(True)
     data = read_run_data(config, named, run, f"{folder}/last.pt")
+    model = build_model(config, len(data.classes))
+    if "initial" in run:
+        copy_weights(run.pop("initial"), model, data.classes, config.init_from)
     loaders = make_loaders(
         data, config.batch_size, config.val_size, config.seed, device, config.inputs,
-        config.augment, input_size(MODELS[config.model]), run.get("statistics"),
+        config.augment, input_size(model), run.get("statistics"),
     )  # fmt: skip
     train_loader, val_loader, _ = loaders
     tune_glibc_malloc()
-    model = build_model(config, len(train_loader.classes))
-    if "initial" in run:
-        copy_weights(run.pop("initial"), model, train_loader.classes, config.init_from)
     model = model.to(device, memory_format=memory_format(device))
     model, train_model, hardware = accelerate(model, config, device, precision, train_loader)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
@@ -683,14 +695,14 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     optimizer = optim.SGD(groups, momentum=config.momentum)
     milestones = resolve_milestones(config.milestones, config.epochs)
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
-    if "model" in run:  # it is resumed
+    if is_resumed:
         restore(run, folder / "last.pt", model, optimizer, scheduler)
     for group in optimizer.param_groups:
         group["fused"] = device.type == "cuda" or None  # one kernel for all weights of a group
     check_data(run, data, loaders, config.dataset)
 
     # All is checked: the folder is made, and what was chosen is stored, for a resumed run to keep
-    folder = make_folder(folder, config, is_new="model" not in run)
+    folder = make_folder(folder, config, is_new=not is_resumed)
     config = replace(
         config,
         milestones=milestones,
@@ -702,7 +714,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         seeds=None,
     )
     print_run(config, loaders, model, scheduler, hardware)
-    if "hardware" in run:
+    if is_resumed:
         print_resumed(run, hardware)
     run.update(
         config=asdict(config),
@@ -783,6 +795,15 @@ def check_recipe(config: Config) -> None:
             )
 
 
+def check_processes(config: Config, device: torch.device) -> None:
+    """Raise UserError if torchrun's processes cannot share a batch equally."""
+    size = world()[1]
+    if config.batch_size % size:
+        raise UserError(f"--batch-size {config.batch_size}: not divisible by {size} processes", 2)
+    if size > 1 and device.type == "cpu" and config.model == "compact":
+        print("note: on CPUs each process normalizes its share of a batch by itself")
+
+
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """What SGD takes: all parameters alike, or as a network with `decay_factors` has it.
 
@@ -805,11 +826,9 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     return groups
 
 
-def resolve_milestones(milestones: Iterable[float] | None, epochs: int) -> list[int]:
+def resolve_milestones(milestones: Iterable[float], epochs: int) -> list[int]:
     """The epochs after which the learning rate drops, from epochs and fractions of all epochs."""
     resolved = set()
-    if milestones is None:  # in two published best.pt
-        milestones = (0.3, 0.6, 0.8)
     for milestone in milestones:
         if milestone < 1:
             milestone = milestone * epochs
@@ -940,9 +959,6 @@ def print_epoch(run: dict[str, Any]) -> None:
         groups.append([f"{row['val_loss']:.4f}", f"{row['val_accuracy']:.2f} %"])
         mark = " *" if run["best_epoch"] == epoch else ""
     groups.append([f"{row['images_per_second']:,.0f}", f"{row['seconds']:.1f}", str(left)])
-    if epoch > 1 and row["learning_rate"] != run["history"][-2]["learning_rate"]:
-        line = f"{'':>8}the learning rate is now {row['learning_rate']:g}"
-        print(f"{line:<80}")  # over the line of progress
     print_cells(groups, mark)
 
 
@@ -1342,7 +1358,7 @@ def train_seeds(config: Config, passed: dict[str, Any]) -> None:
 
     With `resume`, a seed that was started continues, and a finished one is only tested again.
     """
-    folder = run_folder(config)
+    folder = run_folder(replace(config, seed=0), named_settings(passed))
     if config.resume is None:
         for name in ["seeds.json", *(f"seed{seed}" for seed in range(config.seeds))]:
             if (folder / name).exists():
@@ -1369,9 +1385,10 @@ def train_seeds(config: Config, passed: dict[str, Any]) -> None:
         if not values:
             continue
         mean = statistics.mean(values)
-        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        std = statistics.stdev(values) if len(values) > 1 else None
         results[key] = {"mean": mean, "std": std, "values": values}
-        print(f"  {key.replace('_', ' '):<24} {mean:6.2f} ± {std:.2f} %   (n = {len(values)})")
+        spread = "" if std is None else f" ± {std:.2f}"
+        print(f"  {key.replace('_', ' '):<24} {mean:6.2f}{spread} %   (n = {len(values)})")
     write_atomically(folder / "seeds.json", json.dumps(results, indent=2).encode())
     print(f"wrote {folder / 'seeds.json'}")
 
@@ -1398,6 +1415,7 @@ RESUMABLE = {
 }
 
 
+# what --init-from takes over
 NETWORK = ("model", "norm", "lrn_size", "lrn_alpha", "lrn_beta", "lrn_k", "dropout", "inputs")
 
 
@@ -1423,8 +1441,9 @@ def run_folder(config: Config, named: Collection[str] = ()) -> Path:
         return Path("runs", name if newest < 2 else f"{name}-{newest}")
     in_name = {"model", "seed"}
     names_settings = set(named) - RESUMABLE - in_name
+    last = "seed0/last.pt" if config.seeds else "last.pt"
     for number in sorted(runs, reverse=True):
-        if names_settings and has_settings(runs[number] / "last.pt", config):
+        if names_settings and has_settings(runs[number] / last, config):
             return runs[number]
     return runs.get(newest, Path("runs", name))
 
@@ -1479,7 +1498,9 @@ def refuse_files(folder: Path) -> None:
     """Raise UserError if a new run in this folder would replace a file."""
     present = [name for name in RUN_FILES if (folder / name).exists()]
     if present:
-        ways = "--resume continues a run, another --output-dir begins one"
+        ways = "another --output-dir begins a run"
+        if "last.pt" in present:
+            ways = f"--resume continues its run, {ways}"
         raise UserError(f"{folder} holds {', '.join(present)}: {ways}", 2)
 
 
@@ -1519,8 +1540,10 @@ def new_run(config: Config, named: Collection[str]) -> tuple[Config, dict[str, A
         settings["recipe"] = None  # it is another one now
     config = replace(config, **settings)
     run["initial"] = {"model": trained["model"], "classes": trained["classes"]}
-    sizes = {input_size(MODELS[each.model]) for each in (config, trained["config"])}
-    if trained["config"].inputs == config.inputs and len(sizes) == 1:
+    own = build_model(config, len(trained["classes"]))
+    other = build_model(trained["config"], len(trained["classes"]))
+    same_inputs = trained["config"].inputs == config.inputs
+    if same_inputs and input_size(own) == input_size(other):
         run["statistics"] = (trained["mean"], trained["std"])
     return config, run
 
@@ -1556,8 +1579,9 @@ def named_settings(passed: dict[str, Any]) -> set[str]:
 def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Path) -> Config:
     """The configuration to continue with: that of last.pt, with the named settings of RESUMABLE.
 
-    A setting that differs from last.pt is taken if it is named and in RESUMABLE; a UserError if it
-    is named and not; and noted if it is not named. So are fewer epochs than are done a UserError.
+    `no_test` is always this command's. What differs in Config and is not named gets a note, if it
+    has a say in the result. Raises UserError for other named settings that contradict last.pt, and
+    for fewer epochs than are done.
     """
     old = run["config"]
     wrong = {}
@@ -1758,8 +1782,8 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot use {path}: of another network, or damaged ({why})") from None
 
 
-def load_checkpoint(path: Path, flag: str) -> dict[str, Any]:
-    """Load what one of these flags takes, as data, never as code, to the CPU.
+def load_checkpoint(path: Path, taken_by: str) -> dict[str, Any]:
+    """Load what a flag takes, --resume a last.pt and others a best.pt, to the CPU; never as code.
 
     Its `config` becomes a Config. Raises UserError if the file is missing, damaged or another.
     """
@@ -1770,17 +1794,20 @@ def load_checkpoint(path: Path, flag: str) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"model", "config"}:
             raise UserError(f"{path} is no best.pt or last.pt: it was not written by this script")
-        if ("optimizer" in checkpoint) != (flag == "--resume"):
-            wanted = "a last.pt" if flag == "--resume" else "a best.pt"
-            raise UserError(f"{path}: {flag} takes {wanted}")
-        saved = {"augment": "crop-flip", **checkpoint["config"]}  # an old best.pt has none
+        if ("optimizer" in checkpoint) != (taken_by == "--resume"):
+            wanted = "a last.pt" if taken_by == "--resume" else "a best.pt"
+            raise UserError(f"{path}: {taken_by} takes {wanted}")
+        saved = checkpoint["config"]
+        # what old files lack
+        saved.setdefault("augment", "crop-flip")
+        if saved.get("milestones") is None:
+            saved["milestones"] = [0.3, 0.6, 0.8]
+        checkpoint.setdefault("white", {})
         known = {option.name for option in fields(Config)}
         config = Config(**{name: saved[name] for name in saved.keys() & known})
         if config.model not in MODELS:
             raise UserError(f"{path} is of a --model {config.model}, which is not in MODELS")
-        # an old best.pt has None
         config.milestones = resolve_milestones(config.milestones, config.epochs)
-        checkpoint.setdefault("white", {})  # an old one has none
         checkpoint["config"] = config
         return checkpoint
 
@@ -1809,7 +1836,7 @@ def load_trained(
     with checkpoint_errors(path):
         model = build_model(checkpoint["config"], len(checkpoint["classes"]))
         model.load_state_dict(checkpoint["model"])
-    checkpoint.setdefault("temperature", 1.0)
+    checkpoint.setdefault("temperature", 1.0)  # old files have none
     return model.to(device).eval(), checkpoint
 
 
@@ -1931,7 +1958,7 @@ def classify_pictures(config: Config, passed: dict[str, Any]) -> int:
 
 
 def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> int:
-    """Test a trained network again, as its run did unless flags differ; write its tables and plots.
+    """Test a trained network again, as its run did; write its tables and plots.
 
     Returns 1 if one of these could not be written, else 0.
     """
@@ -1939,17 +1966,15 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> int:
     classifier = Classifier(path, config.device, passed.get("precision", ""))
     model = classifier.model
     trained = classifier.trained["config"]
-    dataset = passed.get("dataset", trained.dataset)
+    again = replace(trained, dataset=passed.get("dataset", trained.dataset), no_test=False)
     if "data_dir" in passed or not user_path(trained.data_dir).is_dir():
-        trained.data_dir = config.data_dir
-    again = replace(trained, dataset=dataset, no_test=False)
+        again.data_dir = config.data_dir
     data = read_run_data(again, passed, classifier.trained, path)
     folder = path.parent
     same_files = data.files and data.files == classifier.trained.get("data")
-    if dataset != trained.dataset and not same_files:
-        folder = folder / user_path(dataset).resolve().name  # keeps the run's own plots
+    if again.dataset != trained.dataset and not same_files:
+        folder = folder / user_path(again.dataset).resolve().name  # keeps the run's own plots
     folder = user_path(config.output_dir or folder)
-    trained.dataset = dataset
     folder.mkdir(parents=True, exist_ok=True)
     tune_glibc_malloc()
     speed_up_lrn(model, config.compile, classifier.device, classifier.precision)
@@ -1957,12 +1982,12 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> int:
     loader.paths = data.test_paths
     print(f"testing on {len(loader.labels):,} images", flush=True)
     metrics, evaluation, in_use = compute_test_metrics(
-        model, loader, classifier.precision, trained.augment, classifier.temperature
+        model, loader, classifier.precision, again.augment, classifier.temperature
     )
-    print_test(f"{path} (epoch {classifier.trained['epoch']}) on {trained.dataset}", metrics)
+    print_test(f"{path} (epoch {classifier.trained['epoch']}) on {again.dataset}", metrics)
     written = save_tables(folder, loader, evaluation, in_use)
     written += save_plots(
-        folder, trained, "test accuracy {:.2f} %", loader, evaluation, in_use, model
+        folder, again, "test accuracy {:.2f} %", loader, evaluation, in_use, model
     )
     if written:
         print(f"wrote {', '.join(written)} in {folder}")
@@ -2160,9 +2185,10 @@ def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
 # ---- Krizhevsky's networks of 2012 ---------------------------------------------------------------
 #
 # From layers-*.cfg and layer-params-*.cfg in example-layers/ of cuda-convnet, each named after the
-# error that he published for it on CIFAR-10; the recipe of the same name trains it as he did. A
-# pooling window may hang over the edge, where an average divides by the pixels that are there. ReLU
-# comes after max pooling where he has it before: the same values from a quarter of the work.
+# error that he published for it on CIFAR-10; the recipe of the same name trains it as he did, 11pct
+# on all images from the start, with as many steps as he. A pooling window may hang over the edge,
+# where an average divides by the pixels that are there. The first ReLU of 11pct and 13pct comes
+# after the max pooling, and his before: the same values from a quarter of the work.
 
 
 class MapNormalization(nn.Module):
@@ -2458,8 +2484,8 @@ MODELS = {  # the choices of --model
 }
 
 
-def input_size(network: nn.Module | type) -> int:
-    """The side of the images that a network, or its class, takes, which the loader crops."""
+def input_size(network: nn.Module) -> int:
+    """The side of the images that a network takes, which the loader crops."""
     return getattr(network, "input_size", 32)
 
 
@@ -2596,8 +2622,9 @@ def relus_before_lrn(model: nn.Module) -> dict[str, str]:
         if not isinstance(model.get_submodule(node.target), LocalResponseNormalization):
             continue
         (before,) = node.all_input_nodes
-        alone = len(before.users) == 1 and times[before.target] == 1
-        if before in calls and alone and type(model.get_submodule(before.target)) is nn.ReLU:
+        is_relu = before in calls and type(model.get_submodule(before.target)) is nn.ReLU
+        once = times[node.target] == times[before.target] == 1
+        if is_relu and once and len(before.users) == 1:
             found[node.target] = before.target
     return found
 
@@ -2614,10 +2641,11 @@ def replace_lrn(model: nn.Module, compiled: bool) -> None:
 
 
 def speed_up_lrn(
-    model: nn.Module, wanted: str, device: torch.device | str, precision: str
+    model: nn.Module, compile: str, device: torch.device | str, precision: str
 ) -> bool:  # fmt: skip
-    """Have the LRN layers of a model run fast, compiled if `wanted`; returns whether they are.
+    """Have the LRN layers of a model run fast; returns whether they are compiled.
 
+    They are if `compile` is "auto" and it works, not if it is "off".
     A copy is compiled first, on two images, which compiles all kernels. If it fails there is a
     note. MPS is left alone. Not compiled, LRN is fast on a CPU only, elsewhere it stays the plain
     formula.
@@ -2625,7 +2653,7 @@ def speed_up_lrn(
     device = torch.device(device)
     if device.type == "cpu":
         replace_lrn(model, compiled=False)
-    if not has_lrn(model) or wanted == "off" or device.type == "mps":
+    if not has_lrn(model) or compile == "off" or device.type == "mps":
         return False
     from torch import _dynamo as dynamo  # fails here, in one line, where its cache cannot be made
 
@@ -3176,15 +3204,10 @@ def join_torchrun(config: Config) -> None:
     """Join the processes that torchrun has started, to train one network together."""
     if config.seeds or config.checkpoint or config.summary:
         raise UserError("torchrun trains one network: run this without it", 2)
-    size = int(os.environ["WORLD_SIZE"])
     device = choose_device(config.device)
-    if config.batch_size % size:
-        raise UserError(f"--batch-size {config.batch_size}: not divisible by {size} processes", 2)
     has_nccl = device.type == "cuda" and distributed.is_nccl_available()
     backend = "nccl" if has_nccl else "gloo"
     distributed.init_process_group(backend, timeout=timedelta(hours=12))
-    if device.type == "cpu" and config.model == "compact":
-        print("note: on CPUs each process normalizes its share of a batch by itself")
 
 
 def describe_hardware(device: torch.device, precision: str, compiled: bool) -> dict[str, Any]:
@@ -3379,12 +3402,31 @@ def check_settings(config: Config) -> Config:
     return replace(config, **values)
 
 
-EXCLUSIVE = [("seeds", "seed"), ("evaluate", "image"), ("evaluate", "image_dir")]
+EXCLUSIVE = [
+    ("seeds", "seed"),
+    ("evaluate", "image"),
+    ("evaluate", "image_dir"),
+    ("summary", "resume"),
+    ("summary", "init_from"),
+]
+FOR_CHECKPOINT = {  # what goes with --checkpoint, whose run has the other settings
+    "checkpoint",
+    "evaluate",
+    "image",
+    "image_dir",
+    "show_all_probs",
+    "json",
+    "dataset",
+    "data_dir",
+    "device",
+    "precision",
+    "compile",
+    "output_dir",
+}
 
 
 def check(config: Config, passed: dict[str, Any]) -> None:
-    """Raise UserError for a value that breaks a rule, and for flags that exclude each other."""
-    check_settings(config)
+    """Raise UserError for flags that exclude each other, or would have no effect."""
     for one, other in EXCLUSIVE:
         if one in passed and other in passed:
             raise UserError(f"{flag_name(one)} and {flag_name(other)} exclude each other", 2)
@@ -3393,8 +3435,13 @@ def check(config: Config, passed: dict[str, Any]) -> None:
     if config.resume and passed.keys() & {"seeds", "output_dir"}:
         raise UserError("--resume FILE continues in its folder: no --seeds, no --output-dir", 2)
     of_lrn = passed.keys() & {"norm", "lrn_size", "lrn_alpha", "lrn_beta", "lrn_k"}
-    if of_lrn and not takes_lrn(config.model) and not config.checkpoint:
+    if of_lrn and not takes_lrn(config.model):
         raise UserError(f"{flag_name(min(of_lrn))}: {config.model} has no LRN", 2)
+    of_training = passed.keys() - FOR_CHECKPOINT
+    if config.checkpoint and of_training:
+        raise UserError(
+            f"{flag_name(min(of_training))} goes with training, not with --checkpoint", 2
+        )
     uses = passed.keys() & {"evaluate", "image", "image_dir"}
     if config.checkpoint and not uses:
         raise UserError("--checkpoint goes with --image FILE, --image-dir DIR or --evaluate", 2)
@@ -3412,21 +3459,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, An
         words.append(name + equals + value)
     passed = vars(make_parser().parse_args(words))
     recipe = RECIPES.get(passed.get("recipe", Config().recipe), {})
-    config = replace(Config(**recipe), **passed)
+    config = check_settings(replace(Config(**recipe), **passed))
     check(config, passed)
     if recipe.keys() & passed.keys():
         config.recipe = None  # it is another one now
     return config, passed
-
-
-def stop(*_: Any) -> None:
-    """Handle Ctrl-C and SIGTERM. torch.compile's guards may swallow the exception, not the flag."""
-    stop.requested = True
-    raise KeyboardInterrupt
-
-
-stop.requested = False
-stop.folder = None  # of the run that trains: what a stopped command tells to resume
 
 
 @contextlib.contextmanager
@@ -3447,7 +3484,6 @@ def process_settings(rank: int) -> Iterator[None]:
     environment = os.environ.copy()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch uses 2 MB pages: 5 % faster
     deterministic = torch.are_deterministic_algorithms_enabled()
-    stop.requested = False
     stop.folder = None
     handlers = {}
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -3457,6 +3493,7 @@ def process_settings(rank: int) -> Iterator[None]:
     try:
         yield
     finally:
+        stop.requested = False
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
         if torch.are_deterministic_algorithms_enabled() != deterministic:
@@ -3489,14 +3526,15 @@ def explain(error: BaseException, config: Config, passed: dict[str, Any]) -> tup
     if isinstance(error, KeyboardInterrupt):
         if stop.folder is None:
             return 130, "\nstopped"
-        again = {**passed, "output_dir": None, "resume": str(stop.folder)}
+        again = {**passed, "output_dir": None, "resume": stop.folder.as_posix()}
         if config.seeds:
-            again = {**passed, "resume": ""}
+            again = {**passed, "output_dir": stop.folder.parent.as_posix(), "resume": ""}
         return 130, f"\nstopped; finished epochs are kept. To continue:\n  {command_of(again)}"
     if isinstance(error, UserError):
         return error.exit_code, f"error: {error}"
     if isinstance(error, ImportError):
-        return 1, f"error: {error}: python -m pip install {error.name}"
+        way = f": python -m pip install {error.name}" if error.name else ""
+        return 1, f"error: {error}{way}"
     if isinstance(error, OSError):
         where = f"{error.filename or 'the output'}: {error.strerror}"
         return 1, f"error: {where if error.strerror else error}"

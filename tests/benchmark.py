@@ -167,7 +167,7 @@ def this_script(
     train_loader, val_loader, _ = script.get_cifar_data_loaders(
         BATCH_SIZE, data_name(data_dir), data_dir, config.val_size, device=device,
         inputs=config.inputs, augment=config.augment,
-        crop_size=script.input_size(script.MODELS[config.model]),
+        crop_size=script.input_size(script.build_model(config, 10)),
     )  # fmt: skip
     model = script.build_model(config, len(train_loader.classes))
     model = model.to(device, memory_format=script.memory_format(device))

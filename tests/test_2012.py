@@ -1,5 +1,6 @@
 """Krizhevsky's networks of 2012: layers against plain formulas, inputs, crops, and whole runs of their recipes."""
 
+import functools
 import json
 import re
 
@@ -328,6 +329,19 @@ def test_a_recipe_trains_resumes_to_the_same_bits_evaluates_and_predicts(ck, sma
     assert len(json.loads(pictures.out)) == 50
     for plot in ("curves", "predictions", "confusion", "filters"):
         assert (tmp_path / f"run/{plot}.png").exists()
+
+
+def test_a_network_that_is_no_class_is_trained_on_images_of_its_size(
+    ck, small, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(ck.MODELS, "narrow", functools.partial(ck.Net11pct, local3_maps=8))
+    words = [*flags(small, "11pct"), "--model", "narrow", "--epochs", 1, "--output-dir", "run"]
+    result = call(*words, cwd=tmp_path)
+    assert result.code == 0, result.err
+    best = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    assert tuple(best["mean"].shape) == (3, 24, 24)
+    words = [*flags(small, "11pct"), "--init-from", "run/best.pt", "--model", "narrow", "--no-test"]
+    assert call(*words, cwd=tmp_path).code == 0
 
 
 @pytest.mark.parametrize("name", ["18pct", "11pct"])

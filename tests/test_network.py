@@ -265,7 +265,17 @@ class SharedNet(KrizhevskyNet):
         self.relu2 = self.relu3 = self.relu4 = self.relu5 = self.relu1
 
 
-@pytest.mark.parametrize("edited", [LeakyNet, NormFirstNet, SkipNet, SharedNet])
+class OneNormNet(KrizhevskyNet):
+    """One LRN for two places, and not after the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool1(self.norm1(self.relu1(self.conv1(x))))
+        x = self.pool2(self.relu2(self.norm1(self.conv2(x))))
+        x = self.pool3(self.relu3(self.conv3(x))).flatten(1)
+        return self.fc3(self.relu5(self.fc2(self.relu4(self.fc1(x)))))
+
+
+@pytest.mark.parametrize("edited", [LeakyNet, NormFirstNet, SkipNet, SharedNet, OneNormNet])
 def test_fast_lrn_takes_over_a_relu_only_where_an_edited_network_stays_the_same(ck, edited):
     """With the constants of his network and large inputs, so that LRN is far from a constant."""
     torch.manual_seed(0)

@@ -59,6 +59,8 @@ def work(folder: Path) -> None:
     for name, (flags, port) in json.loads((folder / "plan.json").read_text()).items():
         os.environ["MASTER_PORT"] = str(port)
         torch.save(vars(record(name, folder / name, flags, rank)), folder / f"{name}-{rank}.pt")
+        if distributed.is_initialized():  # after an error, with which a process ends
+            distributed.destroy_process_group()
 
 
 def free_port() -> int:
@@ -108,10 +110,12 @@ def two(flags, tmp_path_factory):
     """A folder with one for each command; what the two processes of each did; torchrun's errors."""
     folder = tmp_path_factory.mktemp("two")
     record("half", folder / "continued", [*flags, "--epochs", "1"])
+    record("half", folder / "uneven", [*flags, "--epochs", "1", "--batch-size", "25"])
     short = [*flags, "--epochs", "1", "--no-test"]
     plan = {name: name.split() for name in REFUSED}
     plan |= {"train": flags, "odd": [*short, "--val-size", "151"]}
     plan |= {"compact": [*short, "--model", "compact", "--val-size", "168"]}
+    plan |= {"uneven": ["--resume", "run", "--epochs", "2"]}
     plan |= {"continued": [*flags, "--resume"], "killed": flags}
     plan = {name: (words, free_port()) for name, words in plan.items()}
     (folder / "plan.json").write_text(json.dumps(plan))
@@ -164,6 +168,13 @@ def test_what_several_processes_cannot_do_is_told_once_and_makes_nothing(words, 
     assert REFUSED[words] in first.err
     assert (first.out, second.out, second.err) == ("", "", "")
     assert not (two[0] / words / "runs").exists()
+
+
+def test_a_run_whose_batches_cannot_be_shared_is_not_continued(two):
+    first, second = two[1]["uneven"]
+    assert (first.code, second.code) == (2, 2)
+    assert "--batch-size 25" in first.err and first.err.count("\n") == 1
+    assert last(two[0] / "uneven")["epoch"] == 1
 
 
 def test_a_killed_process_ends_the_run_with_a_message_and_last_pt_continues(flags, one, two):

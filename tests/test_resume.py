@@ -322,7 +322,7 @@ def test_a_stopped_run_names_its_own_folder_and_before_it_has_one_none(
     assert result.code == 130 and result.err == "\nstopped\n"
     assert files(tmp_path) == before
     result = train(*flags, cwd=tmp_path, blow=(signal.SIGINT, "step", 5))
-    assert result.err.endswith(f"--resume {Path('runs/small-alexnet-seed0-2')}\n")
+    assert result.err.endswith("--resume runs/small-alexnet-seed0-2\n")
     finish(*flags, "--epochs", 1, cwd=tmp_path)  # a newer run of these settings
     before = files(tmp_path / "runs/small-alexnet-seed0-3")
     _, _, *words = shlex.split(result.err.splitlines()[-1])
@@ -335,8 +335,11 @@ def test_a_stop_that_is_swallowed_on_its_way_still_stops(flags, tmp_path, monkey
         with contextlib.suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(torch.optim.SGD, "step", swallowing)
-    assert call(*flags, "--output-dir", "run", cwd=tmp_path).code == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", swallowing)
+        assert call(*flags, "--output-dir", "run", cwd=tmp_path).code == 130
+    run = cifar_krizhevsky.Config(output_dir=str(tmp_path / "run"), resume="", epochs=3)
+    assert cifar_krizhevsky.train(run)["epochs"] == 3  # nothing of the stop is left
 
 
 def test_the_message_of_a_stopped_run_survives_a_tee_that_dies_first(small, tmp_path):
@@ -352,7 +355,7 @@ def test_the_message_of_a_stopped_run_survives_a_tee_that_dies_first(small, tmp_
     finally:
         process.kill()
     assert "Traceback" not in err and "Error" not in err
-    assert err.rstrip().endswith(f"--resume {Path('runs/small-krizhevsky-seed0')}")
+    assert err.rstrip().endswith("--resume runs/small-krizhevsky-seed0")
 
 
 def test_seeds_continue_where_they_were_killed_and_finished_ones_stay(flags, tmp_path):
@@ -370,6 +373,16 @@ def test_seeds_continue_where_they_were_killed_and_finished_ones_stay(flags, tmp
     results = read(run / "seeds.json")
     assert results == read(whole / "seeds.json")
     assert results["test_error"] == {"mean": mean, "std": std, "values": values}
+
+
+def test_seeds_continue_in_the_newest_folder_with_the_settings_of_the_command(flags, tmp_path):
+    seeds = [*flags, "--model", "compact", "--epochs", 1, "--no-test", "--seeds"]
+    finish(*seeds, 1, cwd=tmp_path)
+    finish(*seeds, 1, "--momentum", 0.5, cwd=tmp_path)
+    other = files(tmp_path / "runs/small-compact-seeds-2")
+    out = finish(*seeds, 2, "--resume", cwd=tmp_path)
+    assert (tmp_path / "runs/small-compact-seeds/seed1").is_dir() and "(n = 2)" in out
+    assert files(tmp_path / "runs/small-compact-seeds-2") == other
 
 
 def test_no_average_is_taken_over_runs_of_changed_settings_or_data(small, tmp_path):
