@@ -322,6 +322,8 @@ def has_lrn(model: nn.Module) -> bool:
 def takes_lrn(name: str) -> bool:
     """Whether the class of this network, or what its **options go to, takes `lrn`."""
     network = MODELS[name]
+    if "lrn" in getattr(network, "keywords", {}):  # a functools.partial has bound it
+        return False
     for one in getattr(network, "__mro__", [network]):  # a class and its bases, or a function
         parameters = inspect.signature(one).parameters
         if "lrn" in parameters:
@@ -665,6 +667,8 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     """
     started = time.perf_counter()
     config = check_settings(config)
+    if config.seeds:
+        raise UserError("seeds is of the command line: train makes one run, of one seed", 2)
     check_recipe(config)
     folder, config, run = open_run(config, named)  # run: what last.pt holds
     is_resumed = "model" in run
@@ -729,6 +733,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         setup_seconds=time.perf_counter() - started,
     )
     save_run(folder, run, begins=True)  # a full disk is noticed now, not after an epoch
+    stop.folder = folder
     writer = None
     if config.tensorboard and world()[0] == 0:
         writer = SummaryWriter(folder, purge_step=0)  # hides what the files of a stopped run hold
@@ -787,8 +792,9 @@ def check_recipe(config: Config) -> None:
     """Raise UserError for a recipe's name without its settings, which only the flag sets."""
     if config.recipe is None:
         return
-    for name, value in RECIPES[config.recipe].items():
-        if getattr(config, name) != value:
+    recipe = check_settings(Config(**RECIPES[config.recipe]))
+    for name in RECIPES[config.recipe]:
+        if getattr(config, name) != getattr(recipe, name):
             way = f'Config(**RECIPES["{config.recipe}"])'
             raise UserError(
                 f"recipe={config.recipe!r} is only a name: use {way}, with your changes"
@@ -1375,7 +1381,9 @@ def train_seeds(config: Config, passed: dict[str, Any]) -> None:
         own["resume"] = "" if Path(own["output_dir"], "last.pt").exists() else None
         command = command_of({**passed, **own})
         summaries.append(train(replace(config, **own), named, command))
-    kinds = {(summary["data_digest"], summary["epochs"]) for summary in summaries}
+    kinds = set()
+    for summary in summaries:
+        kinds.add((summary["data_digest"], summary["epochs"], *summary["milestones"]))
     if len(kinds) > 1:
         raise UserError("the seeds differ in their data, --val-size or --epochs: no mean of them")
     print(f"\n{config.seeds} seeds of {config.dataset}, mean ± standard deviation")
@@ -1442,10 +1450,13 @@ def run_folder(config: Config, named: Collection[str] = ()) -> Path:
     in_name = {"model", "seed"}
     names_settings = set(named) - RESUMABLE - in_name
     last = "seed0/last.pt" if config.seeds else "last.pt"
-    for number in sorted(runs, reverse=True):
-        if names_settings and has_settings(runs[number] / last, config):
-            return runs[number]
-    return runs.get(newest, Path("runs", name))
+    begun = [
+        runs[number] for number in sorted(runs, reverse=True) if (runs[number] / last).exists()
+    ]
+    for folder in begun:
+        if names_settings and has_settings(folder / last, config):
+            return folder
+    return begun[0] if begun else runs.get(newest, Path("runs", name))
 
 
 def has_settings(last: Path, config: Config) -> bool:
@@ -1485,6 +1496,8 @@ def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Confi
         last = user_path(config.resume)
         if last.is_dir():
             last = last / "last.pt"
+        if last.name != "last.pt" and (last.parent / "last.pt").exists():
+            raise UserError(f"{last} would replace the last.pt beside it: move it to a folder", 2)
     if config.resume or (config.resume == "" and last.exists()):
         run = load_checkpoint(last, "--resume")
         return last.parent, merge(config, named, run, last), run
@@ -1561,7 +1574,6 @@ def make_folder(folder: Path | None, config: Config, is_new: bool) -> Path:
         folder.mkdir(parents=True)
         if not folder.name.endswith(f"-seed{config.seed}"):
             print(f"note: there are earlier runs, so this one goes to {folder}")
-    stop.folder = folder
     return folder
 
 
@@ -1657,6 +1669,12 @@ def restore(
     with checkpoint_errors(path):
         model.load_state_dict(run["model"])
         optimizer.load_state_dict(run["optimizer"])
+        planned = scheduler.state_dict()
+        for name in inspect.signature(type(scheduler)).parameters:
+            now = planned.get(name)
+            before = run["scheduler"].get(name)
+            if now != before and name != "last_epoch":
+                raise UserError(f"the schedule of {path} has {name} {before}, and not {now}", 2)
         scheduler.load_state_dict(run["scheduler"])
 
 
@@ -2033,7 +2051,7 @@ def plot_label(name: str) -> str:
 def run_title(config: Config) -> str:
     """The title of a run's plots: what it trained, and the hyperparameters that are not usual."""
     recipe = RECIPES.get(config.recipe, {})
-    usual = replace(Config(**recipe), model=config.model)
+    usual = check_settings(replace(Config(**recipe), model=config.model))
     usual.milestones = resolve_milestones(usual.milestones, config.epochs)
     names = [option.name for option in fields(Config)]
     hyperparameters = names[names.index("inputs") : names.index("seed")]
@@ -2485,8 +2503,14 @@ MODELS = {  # the choices of --model
 
 
 def input_size(network: nn.Module) -> int:
-    """The side of the images that a network takes, which the loader crops."""
-    return getattr(network, "input_size", 32)
+    """The side of the images that a network takes, which the loader crops.
+
+    Raises UserError if it leaves other than 9 x 9 places.
+    """
+    size = getattr(network, "input_size", 32)
+    if size < 24 or size % 2:
+        raise UserError(f"the network's input_size must be even, and 24 at least, not {size}", 2)
+    return size
 
 
 # ---- LRN, fast -----------------------------------------------------------------------------------
@@ -2606,7 +2630,20 @@ class _LayerTracer(fx.Tracer):
         return not [*module.children()]
 
 
-def relus_before_lrn(model: nn.Module) -> dict[str, str]:
+def replaceable_lrn(model: nn.Module) -> dict[str, LocalResponseNormalization]:
+    """The LRN layers in whose place FastLRN gives the same: not those that a user has edited."""
+    found = {}
+    for name, layer in model.named_modules():
+        if type(layer) is LocalResponseNormalization and not [*layer.parameters()]:
+            x = torch.linspace(-30, 30, 6 * layer.size).view(2, -1, 1, 1)
+            if torch.allclose(FastLRN(layer, compiled=False, relu=False)(x), layer(x), rtol=1e-4):
+                found[name] = layer
+        elif type(layer) is FastLRN:
+            found[name] = layer
+    return found
+
+
+def relus_before_lrn(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
     """The names of LRN layers, each with that of the nn.ReLU whose output it alone takes.
 
     They are read from what `forward` does with them; none if torch.fx cannot record that.
@@ -2619,25 +2656,27 @@ def relus_before_lrn(model: nn.Module) -> dict[str, str]:
     times = Counter(node.target for node in calls)
     found = {}
     for node in calls:
-        if not isinstance(model.get_submodule(node.target), LocalResponseNormalization):
+        if node.target not in layers:
             continue
         (before,) = node.all_input_nodes
-        is_relu = before in calls and type(model.get_submodule(before.target)) is nn.ReLU
+        if before not in calls or type(model.get_submodule(before.target)) is not nn.ReLU:
+            continue
+        (source,) = before.all_input_nodes  # which a ReLU may change in place
         once = times[node.target] == times[before.target] == 1
-        if is_relu and once and len(before.users) == 1:
+        if once and len(before.users) == len(source.users) == 1:
             found[node.target] = before.target
     return found
 
 
 def replace_lrn(model: nn.Module, compiled: bool) -> None:
     """Put a FastLRN in place of each LRN layer; a compiled one also of the ReLU before it."""
-    relu_of = relus_before_lrn(model) if compiled else {}
-    for name, layer in [*model.named_modules()]:
-        if isinstance(layer, LocalResponseNormalization):
-            relu = name in relu_of or getattr(layer, "relu", False)  # it may be one already
-            model.set_submodule(name, FastLRN(layer, compiled, relu))
-            if name in relu_of:
-                model.set_submodule(relu_of[name], nn.Identity())
+    layers = replaceable_lrn(model)
+    relu_of = relus_before_lrn(model, layers) if compiled else {}
+    for name, layer in layers.items():
+        relu = name in relu_of or getattr(layer, "relu", False)  # it may be one already
+        model.set_submodule(name, FastLRN(layer, compiled, relu))
+        if name in relu_of:
+            model.set_submodule(relu_of[name], nn.Identity())
 
 
 def speed_up_lrn(
@@ -2651,9 +2690,13 @@ def speed_up_lrn(
     formula.
     """
     device = torch.device(device)
+    layers = replaceable_lrn(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LocalResponseNormalization) and name not in layers:
+            print(f"note: {name} is another LRN than the script's, and not made fast")
     if device.type == "cpu":
         replace_lrn(model, compiled=False)
-    if not has_lrn(model) or compile == "off" or device.type == "mps":
+    if not layers or compile == "off" or device.type == "mps":
         return False
     from torch import _dynamo as dynamo  # fails here, in one line, where its cache cannot be made
 
@@ -2837,8 +2880,12 @@ def list_pictures(folder: Path) -> list[Path]:
     for entry in folder.iterdir():  # rglob follows no link, and a class may be one
         for path in (entry, *entry.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if not path.is_dir() and not HIDDEN.search(name):  # a link to nothing is named later
+            if HIDDEN.search(name):
+                continue
+            if not path.is_dir():  # a link to nothing is named later
                 files.append(path)
+            elif path.is_symlink() and path != entry:
+                raise UserError(f"{path} links to a folder, whose pictures would be left out")
     suffixes = Image.registered_extensions()
     pictures = []
     for path in sorted(files):
@@ -3023,7 +3070,8 @@ def find_class_folders(folder: Path) -> dict[Path, str]:
         raise UserError(f"{folder} holds {strays} pictures, but no folder of a class")
     classes = set(class_of.values())
     for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and entry.name not in classes and not HIDDEN.match(entry.name):
+        is_folder = entry.is_dir() or not entry.exists()  # a link to a disk that is not there
+        if is_folder and entry.name not in classes and not HIDDEN.match(entry.name):
             raise UserError(f"{entry} holds no pictures")
     if strays:
         print(f"note: {strays} pictures in {folder} are in no folder of a class")
@@ -3032,7 +3080,10 @@ def find_class_folders(folder: Path) -> dict[Path, str]:
 
 def find_parts(folder: Path, needs_test: bool) -> dict[str, dict[Path, str]]:
     """The parts of a data set that are there, each with its pictures and their classes."""
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    found = []
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() or not entry.exists():  # a link to a disk that is not there
+            found.append(entry.name)
     for name in found:
         if MEANT.fullmatch(name) and name not in PARTS:
             raise UserError(f"{folder / name} has none of the names train, val and test")
@@ -3442,7 +3493,7 @@ def check(config: Config, passed: dict[str, Any]) -> None:
         raise UserError(
             f"{flag_name(min(of_training))} goes with training, not with --checkpoint", 2
         )
-    uses = passed.keys() & {"evaluate", "image", "image_dir"}
+    uses = passed.keys() & {"evaluate", "image", "image_dir", "json", "show_all_probs"}
     if config.checkpoint and not uses:
         raise UserError("--checkpoint goes with --image FILE, --image-dir DIR or --evaluate", 2)
     if uses and not config.checkpoint:

@@ -350,6 +350,14 @@ def test_a_folder_that_is_no_data_set_is_refused_by_name(pictures, tmp_path):
     (pictures / "train" / "cow").rmdir()
     assert "test/cow holds no pictures" in error(pictures)
     shutil.rmtree(pictures / "test" / "cow")
+    for lost in (pictures / "train" / "cow", pictures / "val"):
+        lost.symlink_to(tmp_path / "not mounted")
+        assert str(lost) in error(pictures)
+        lost.unlink()
+    more = pictures / "train" / "cat" / "more"
+    more.symlink_to(pictures / "test" / "cat")
+    assert str(more) in error(pictures)
+    more.unlink()
     (pictures / "test" / "dog").rename(pictures / "test" / "fox")
     assert "dog" in error(pictures) and "fox" in error(pictures)
     shutil.rmtree(pictures / "test")

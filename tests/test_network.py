@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import os
 import shutil
@@ -275,7 +276,25 @@ class OneNormNet(KrizhevskyNet):
         return self.fc3(self.relu5(self.fc2(self.relu4(self.fc1(x)))))
 
 
-@pytest.mark.parametrize("edited", [LeakyNet, NormFirstNet, SkipNet, SharedNet, OneNormNet])
+class InPlaceNet(KrizhevskyNet):
+    """What goes into the first ReLU is used again, after it has changed it."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.relu1 = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        x = self.pool1(self.norm1(self.relu1(x)) + x)
+        x = self.pool2(self.norm2(self.relu2(self.conv2(x))))
+        x = self.pool3(self.relu3(self.conv3(x))).flatten(1)
+        return self.fc3(self.relu5(self.fc2(self.relu4(self.fc1(x)))))
+
+
+EDITED = [LeakyNet, NormFirstNet, SkipNet, SharedNet, OneNormNet, InPlaceNet]
+
+
+@pytest.mark.parametrize("edited", EDITED)
 def test_fast_lrn_takes_over_a_relu_only_where_an_edited_network_stays_the_same(ck, edited):
     """With the constants of his network and large inputs, so that LRN is far from a constant."""
     torch.manual_seed(0)
@@ -289,6 +308,27 @@ def test_fast_lrn_takes_over_a_relu_only_where_an_edited_network_stays_the_same(
     torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
 
 
+def test_an_edited_lrn_is_left_as_it_is_with_a_note(ck, monkeypatch, capsys):
+    class Residual(ck.LocalResponseNormalization):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - super().forward(x)
+
+    model = ck.build_model(ck.Config(lrn_alpha=1.0, lrn_k=1.0), 10).eval()
+    model.norm1 = Residual(5, 1.0, 0.75, 1.0)
+    images = torch.randn(4, 3, 32, 32)
+    expected = model(images)
+    ck.speed_up_lrn(model, "off", "cpu", "fp32")
+    assert "norm1" in capsys.readouterr().out and isinstance(model.norm2, ck.FastLRN)
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
+
+    plain = ck.LocalResponseNormalization.forward
+    monkeypatch.setattr(ck.LocalResponseNormalization, "forward", lambda s, x: 1.01 * plain(s, x))
+    model = ck.build_model(ck.Config(), 10)
+    ck.speed_up_lrn(model, "off", "cpu", "fp32")
+    assert "norm1" in capsys.readouterr().out
+    assert type(model.norm1) is type(model.norm2) is ck.LocalResponseNormalization
+
+
 class ConstantNet(KrizhevskyNet):
     """One that the flags cannot reach."""
 
@@ -300,6 +340,9 @@ def test_a_network_of_ones_own_is_given_the_constants_of_the_flags_or_refused(ck
     monkeypatch.setitem(ck.MODELS, "leaky", LeakyNet)  # its `lrn` is one of **options
     model = ck.build_model(ck.Config(model="leaky", lrn_alpha=0.5, lrn_k=1.0), 10)
     assert (model.norm1.alpha, model.norm1.k) == (0.5, 1.0)
+    without = functools.partial(KrizhevskyNet, lrn=None)
+    monkeypatch.setitem(ck.MODELS, "without", without)
+    assert not ck.has_lrn(ck.build_model(ck.Config(model="without"), 10))
     monkeypatch.setitem(ck.MODELS, "constant", ConstantNet)
     with pytest.raises(ck.UserError, match="lrn"):
         ck.build_model(ck.Config(model="constant"), 10)

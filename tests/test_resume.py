@@ -375,6 +375,30 @@ def test_seeds_continue_where_they_were_killed_and_finished_ones_stay(flags, tmp
     assert results["test_error"] == {"mean": mean, "std": std, "values": values}
 
 
+def test_a_run_goes_on_with_no_other_schedule(ck, flags, tmp_path, monkeypatch):
+    """As README's cosine, of three epochs, would from its end: up again."""
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    finish(*flags, "--output-dir", "milestones", "--no-test", cwd=tmp_path)
+    for epochs in (3, 6):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                ck.optim.lr_scheduler, "MultiStepLR", lambda o, *_, n=epochs: cosine(o, n)
+            )
+            command = [*flags, "--no-test", "--epochs", epochs, "--output-dir", "run", "--resume"]
+            result = call(*command, cwd=tmp_path)
+            assert (result.code == 0) == (epochs == 3)
+            other = call("--resume", "milestones", "--epochs", 4, cwd=tmp_path)
+            assert "T_max" in one_line_error(other, 2)
+    assert "T_max 3, and not 6" in one_line_error(result, 2)
+
+
+def test_an_older_copy_beside_last_pt_does_not_replace_it(finished):
+    shutil.copy(finished / "last.pt", finished / "copy.pt")
+    before = files(finished)
+    one_line_error(call("--resume", finished / "copy.pt", "--epochs", 4, cwd=finished), 2)
+    assert files(finished) == before
+
+
 def test_seeds_continue_in_the_newest_folder_with_the_settings_of_the_command(flags, tmp_path):
     seeds = [*flags, "--model", "compact", "--epochs", 1, "--no-test", "--seeds"]
     finish(*seeds, 1, cwd=tmp_path)
@@ -383,6 +407,8 @@ def test_seeds_continue_in_the_newest_folder_with_the_settings_of_the_command(fl
     out = finish(*seeds, 2, "--resume", cwd=tmp_path)
     assert (tmp_path / "runs/small-compact-seeds/seed1").is_dir() and "(n = 2)" in out
     assert files(tmp_path / "runs/small-compact-seeds-2") == other
+    longer = [*flags, "--model", "compact", "--epochs", 2, "--no-test", "--seeds", 3, "--resume"]
+    one_line_error(call(*longer, "--output-dir", "runs/small-compact-seeds", cwd=tmp_path), 1)
 
 
 def test_no_average_is_taken_over_runs_of_changed_settings_or_data(small, tmp_path):

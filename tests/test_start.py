@@ -112,7 +112,7 @@ def test_settings_from_python_are_checked_as_flags_are_and_stored_as_plain_value
 ):
     wrong = ({"select": "acc"}, {"inputs": "mean_image"}, {"precision": "bfloat16"}, {"lr": -0.01},
              {"model": "nope"}, {"norm": "None"}, {"epochs": 2.5}, {"epochs": "2"}, {"dataset": 5},
-             {"seed": None}, {"milestones": None}, {"milestones": [0.5, None]}, {"lr": [0.1]})  # fmt: skip
+             {"seeds": 2}, {"seed": None}, {"milestones": None}, {"milestones": [0.5, None]}, {"lr": [0.1]})  # fmt: skip
     for settings in wrong:
         (name,) = settings
         with pytest.raises(ck.UserError, match=f"--{name}"):
