@@ -668,7 +668,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     started = time.perf_counter()
     config = check_settings(config)
     if config.seeds:
-        raise UserError("seeds is of the command line: train makes one run, of one seed", 2)
+        raise UserError("--seeds is of the command line: train makes one run, of one seed", 2)
     check_recipe(config)
     folder, config, run = open_run(config, named)  # run: what last.pt holds
     is_resumed = "model" in run
@@ -1496,7 +1496,8 @@ def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Confi
         last = user_path(config.resume)
         if last.is_dir():
             last = last / "last.pt"
-        if last.name != "last.pt" and (last.parent / "last.pt").exists():
+        is_copy = last.exists() and last.name != "last.pt"
+        if is_copy and (last.parent / "last.pt").exists():
             raise UserError(f"{last} would replace the last.pt beside it: move it to a folder", 2)
     if config.resume or (config.resume == "" and last.exists()):
         run = load_checkpoint(last, "--resume")

@@ -230,7 +230,7 @@ def test_summary_prints_the_layers_of_each_network_and_writes_nothing(ck, model,
 
 
 def test_a_hyphen_and_an_underscore_are_the_same_in_a_flag(ck):
-    words = shlex.split("--data_dir a_b --val_size 7 --no_test --lrn_k=1.5 --show_all_probs")
+    words = shlex.split("--data_dir a_b --val_size 7 --no_test --lrn_k=1.5 --batch_size 64")
     hyphens = [word.replace("_", "-") if word.startswith("--") else word for word in words]
     assert ck.parse_arguments(words) == ck.parse_arguments(hyphens)
 
