@@ -715,7 +715,6 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         val_size=len(val_loader.labels) if val_loader else 0,
         output_dir=str(folder),
         resume=None,
-        seeds=None,
     )
     print_run(config, loaders, model, scheduler, hardware)
     if is_resumed:
