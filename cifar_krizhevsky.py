@@ -1449,9 +1449,10 @@ def run_folder(config: Config, named: Collection[str] = ()) -> Path:
     in_name = {"model", "seed"}
     names_settings = set(named) - RESUMABLE - in_name
     last = "seed0/last.pt" if config.seeds else "last.pt"
-    begun = [
-        runs[number] for number in sorted(runs, reverse=True) if (runs[number] / last).exists()
-    ]
+    begun = []
+    for number in sorted(runs, reverse=True):
+        if (runs[number] / last).exists():
+            begun.append(runs[number])
     for folder in begun:
         if names_settings and has_settings(folder / last, config):
             return folder
@@ -3443,8 +3444,9 @@ def check_settings(config: Config) -> Config:
         if value is None and type(None) in get_args(option.type):
             continue
         is_list = option.metadata["nargs"] == "+"
+        given = value if is_list and isinstance(value, list | tuple) else [value]
         items = []
-        for item in value if is_list and isinstance(value, list | tuple) else [value]:
+        for item in given:
             item = as_declared(item, option)
             if why := complaint(item, option):
                 raise UserError(f"{flag_name(option.name)} {item}: {why}", 2)
@@ -3493,9 +3495,10 @@ def check(config: Config, passed: dict[str, Any]) -> None:
         raise UserError(
             f"{flag_name(min(of_training))} goes with training, not with --checkpoint", 2
         )
-    uses = passed.keys() & {"evaluate", "image", "image_dir", "json", "show_all_probs"}
+    uses = passed.keys() & {"evaluate", "image", "image_dir"}
     if config.checkpoint and not uses:
         raise UserError("--checkpoint goes with --image FILE, --image-dir DIR or --evaluate", 2)
+    uses |= passed.keys() & {"json", "show_all_probs"}
     if uses and not config.checkpoint:
         raise UserError(f"{flag_name(min(uses))} needs --checkpoint best.pt", 2)
 

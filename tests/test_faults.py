@@ -242,7 +242,7 @@ WRONG_FLAGS = {
     "excluded": "--seeds 2 --seed 1; --evaluate --image a --checkpoint b; --summary --resume run",
     "without effect": "--augment none --checkpoint b --evaluate",
     "file": "--resume last.pt --output-dir other; --resume last.pt --seeds 2",
-    "no partner": "--image a.png; --checkpoint b.pt; --evaluate",
+    "no partner": "--image a.png; --checkpoint b.pt; --evaluate; --json",
     "unknown": "--learning-rate 0.1; --ep 2; a.png",
 }
 
