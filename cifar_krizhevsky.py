@@ -801,7 +801,7 @@ def check_recipe(config: Config) -> None:
 
 
 def check_processes(config: Config, device: torch.device) -> None:
-    """Raise UserError if torchrun's processes cannot share a batch equally."""
+    """Raise UserError if torchrun's processes cannot share a batch equally; note what differs."""
     size = world()[1]
     if config.batch_size % size:
         raise UserError(f"--batch-size {config.batch_size}: not divisible by {size} processes", 2)
@@ -1612,11 +1612,11 @@ def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Pat
     merged = replace(old, no_test=config.no_test)
     for name in RESUMABLE.intersection(named):
         setattr(merged, name, getattr(config, name))
+    if merged.epochs < run["epoch"]:
+        raise UserError(f"--epochs {merged.epochs}: {path} has {run['epoch']} epochs already", 2)
     if merged.epochs != old.epochs:
         merged.recipe = None
         print(f"note: {merged.epochs} epochs, with the learning-rate schedule of {old.epochs}")
-    if merged.epochs < run["epoch"]:
-        raise UserError(f"--epochs {merged.epochs}: {path} has {run['epoch']} epochs already", 2)
     return merged
 
 
