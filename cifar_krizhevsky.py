@@ -9,7 +9,7 @@
     python cifar_krizhevsky.py --recipe 80sec           # one of his own networks of 2012
     python cifar_krizhevsky.py --dataset cifar10-mini   # a tenth of CIFAR-10, part of the clone
     python cifar_krizhevsky.py --dataset cifar100       # the hyperparameters below
-    python cifar_krizhevsky.py --resume                 # continue after the last finished epoch
+    python cifar_krizhevsky.py --recipe short --resume  # the same command continues a stopped run
     python cifar_krizhevsky.py --seeds 5                # five runs, mean and standard deviation
     torchrun --nproc-per-node=2 cifar_krizhevsky.py     # two GPUs train one network
     python cifar_krizhevsky.py --checkpoint results/cifar10-best/best.pt --image-dir data/samples
@@ -105,11 +105,11 @@ class Config:
     inputs: str             = flag("standardized", "0-255 and mean-image: only minus the mean", choices=["standardized", "0-255", "mean-image"])
     augment: str            = flag("crop-flip", "how training images vary", choices=["crop-flip", "crop", "none"])
     # network
-    model: str              = flag("krizhevsky", "which network")  # a name in MODELS
+    model: str              = flag("krizhevsky", "which network; those of 2012 want the --recipe of their name")  # a name in MODELS
     norm: str               = flag("lrn", "none takes LRN out of a network that has it", choices=["lrn", "none"])
-    lrn_size: int           = flag(5, "LRN: window width in channels", ">= 1")
+    lrn_size: int           = flag(5, "LRN: width of the window in channels, in 18pct in pixels", ">= 1")
     # with standardized inputs 1e-4 makes LRN a constant factor; 1.0, with lrn_k 1.0, makes it act
-    lrn_alpha: float        = flag(1e-4, "LRN: alpha (divided by the window width)", ">= 0")
+    lrn_alpha: float        = flag(1e-4, "LRN: alpha (divided by the size of the window)", ">= 0")
     lrn_beta: float         = flag(0.75, "LRN: exponent", ">= 0")
     lrn_k: float            = flag(2.0, "LRN: additive constant", "> 0")
     dropout: float | None   = flag(None, "dropout (default: 0; five-conv, alexnet 0.5; compact 0.03)", ">= 0", "< 1")
@@ -169,7 +169,7 @@ RECIPES = {  # test error on CIFAR-10, one view, in %
     "few": {  # for --init-from with some hundred pictures of one's own
         **BASE, "epochs": 60, "batch_size": 32, "lr": 0.01, "milestones": [0.6, 0.85], "gamma": 0.2,
     },
-    # Krizhevsky's own of 2012, named after the errors that he published; 13pct, 11pct: on ten views
+    # Krizhevsky's own of 2012, named after what he published; errors of 13pct, 11pct: on ten views
     "80sec": {  # 25.6
         **OF_2012, "model": "80sec", "augment": "none", "epochs": 10, "milestones": [0.8],
     },
@@ -219,11 +219,17 @@ def derive_seed(*keys: int) -> int:
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def world() -> tuple[int, int]:
-    """Rank and number of the processes that train one network together; (0, 1) for one alone."""
+class World(NamedTuple):
+    """The processes that train one network together: which this one is, from 0, and how many."""
+
+    rank: int
+    size: int
+
+
+def world() -> World:
     if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+        return World(distributed.get_rank(), distributed.get_world_size())
+    return World(rank=0, size=1)
 
 
 def memory_format(device: torch.device | str) -> torch.memory_format:
@@ -648,9 +654,9 @@ def train_one_epoch(
         correct = (logits.argmax(1) == classes).sum()
         totals += torch.stack([loss.detach() * len(labels), correct])
         count += len(labels)
-    if world()[1] > 1:
+    if world().size > 1:
         distributed.all_reduce(totals)
-        count *= world()[1]
+        count *= world().size
     loss, correct = totals.tolist()
     if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
         lr = optimizer.param_groups[0]["lr"]
@@ -734,7 +740,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     save_run(folder, run, begins=True)  # a full disk is noticed now, not after an epoch
     stop.folder = folder
     writer = None
-    if config.tensorboard and world()[0] == 0:
+    if config.tensorboard and world().rank == 0:
         writer = SummaryWriter(folder, purge_step=0)  # hides what the files of a stopped run hold
         log_epochs(writer, run["history"])
 
@@ -744,7 +750,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         epoch_started = time.perf_counter()
         lr = float(f"{optimizer.param_groups[0]['lr']:.6g}")  # 0.005, not 0.005000000000000001
         train_loader.set_epoch(epoch)
-        torch.manual_seed(derive_seed(config.seed, epoch, 2 + world()[0]))  # dropout
+        torch.manual_seed(derive_seed(config.seed, epoch, 2 + world().rank))  # dropout
         batches = with_progress(train_loader, f"epoch {epoch}/{config.epochs}")
         train_loss, train_accuracy = train_one_epoch(
             train_model, batches, criterion, optimizer, device, precision
@@ -802,7 +808,7 @@ def check_recipe(config: Config) -> None:
 
 def check_processes(config: Config, device: torch.device) -> None:
     """Raise UserError if torchrun's processes cannot share a batch equally; note what differs."""
-    size = world()[1]
+    size = world().size
     if config.batch_size % size:
         raise UserError(f"--batch-size {config.batch_size}: not divisible by {size} processes", 2)
     if size > 1 and device.type == "cpu" and config.model == "compact":
@@ -1014,15 +1020,6 @@ def average_views(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return by_view.logsumexp(0) - math.log(len(by_view))
 
 
-def predict(
-    model: nn.Module, dataloader: Batches, device: torch.device | str | None = None,
-    precision: str = "fp32", views: list[View] | None = None, temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probabilities (N, classes), of the mean probability over the views; and labels (N,)."""
-    logits, labels = predict_logits(model, dataloader, device, precision, views)
-    return average_views(logits, temperature), labels
-
-
 def evaluate_model(
     model: nn.Module, dataloader: Batches, criterion: nn.Module | None = None,
     device: torch.device | str | None = None, *, precision: str = "fp32",
@@ -1032,8 +1029,8 @@ def evaluate_model(
 
     The loss is the criterion's, by default cross-entropy; the device by default the model's.
     """
-    output, labels = predict(model, dataloader, device, precision, views)
-    return score(output, labels, criterion)
+    logits, labels = predict_logits(model, dataloader, device, precision, views)
+    return score(average_views(logits), labels, criterion)
 
 
 def score(output: Tensor, labels: Tensor, criterion: nn.Module | None = None) -> Evaluation:
@@ -1041,7 +1038,8 @@ def score(output: Tensor, labels: Tensor, criterion: nn.Module | None = None) ->
     loss = (criterion or F.cross_entropy)(output, labels).item()
     # stable: ties go to the lower class index
     ranked = output.sort(dim=1, descending=True, stable=True).indices[:, :5]
-    hits = 100 * (ranked == labels[:, None]).double().sum(0).cumsum(0) / len(labels)
+    is_label = (ranked == labels[:, None]).cpu()  # MPS has no double
+    hits = 100 * is_label.double().sum(0).cumsum(0) / len(labels)
     top1, top3, top5 = (hits[min(k, len(hits)) - 1].item() for k in (1, 3, 5))
     return Evaluation(loss, top1, top3, top5, output.cpu(), labels.cpu())
 
@@ -1106,14 +1104,14 @@ def confusion_matrix(result: Evaluation) -> Tensor:
     return 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
-def most_confused(matrix: Tensor, count: int = 10) -> list[tuple[int, int]]:
-    """The true and the predicted class of the largest mistakes in a confusion matrix.
+def most_confused(matrix: Tensor) -> list[tuple[int, int]]:
+    """The true and the predicted class of the ten largest mistakes in a confusion matrix.
 
     Ties go to the lower class index.
     """
     size = len(matrix)
     mistakes = matrix.clone().fill_diagonal_(-1).flatten()
-    count = min(count, size * (size - 1))
+    count = min(10, size * (size - 1))
     smallest = mistakes.topk(count).values[-1]
     cells = (mistakes >= smallest).nonzero()[:, 0]
     ranked = cells[mistakes[cells].sort(descending=True, stable=True).indices]
@@ -1127,14 +1125,12 @@ def compute_test_metrics(
 
     The latter is of what Classifier gives: its views, with the temperature.
     """
-    single = evaluate_model(model, loader, precision=precision)
-    multi = single
     views = VIEWS[augment]
-    if len(views) > 1:
-        multi = evaluate_model(model, loader, precision=precision, views=views)
-    use_views = USE_VIEWS[augment]
-    logits, labels = predict_logits(model, loader, precision=precision, views=use_views)
-    in_use = score(average_views(logits, temperature), labels)
+    logits, labels = predict_logits(model, loader, precision=precision, views=views)
+    logits_of_use = logits[[views.index(view) for view in USE_VIEWS[augment]]]
+    single = score(average_views(logits[:1]), labels)  # the center
+    multi = score(average_views(logits), labels)
+    in_use = score(average_views(logits_of_use, temperature), labels)
     count = len(labels)
     classes = loader.classes
     matrix = confusion_matrix(single)
@@ -1154,12 +1150,14 @@ def compute_test_metrics(
         "test_class_accuracy": accuracies,
         "test_most_confused": confused,
         "test_calibration_error": calibration_error(in_use.log_probabilities, in_use.labels),
-        "test_calibration_error_uncalibrated": calibration_error(average_views(logits), labels),
+        "test_calibration_error_uncalibrated": calibration_error(
+            average_views(logits_of_use), labels
+        ),
     }
     for k, accuracy in ((3, single.top3), (5, single.top5)):
         if k < len(classes):
             metrics[f"test_top{k}_error"] = 100 - accuracy
-    if len(use_views) > 1:
+    if len(logits_of_use) > 1:
         metrics["test_error_with_mirror"] = 100 - in_use.top1
     sizes = confusion_counts(single).sum(1)
     metrics["test_class_images"] = dict(zip(classes, sizes.tolist()))
@@ -1266,8 +1264,7 @@ def report(
     or training images.
     """
     folder = Path(config.output_dir)
-    history = run["history"]
-    best = history[run["best_epoch"] - 1]
+    best_epoch = run["best_epoch"]
     train_loader, val_loader, test_loader = loaders
     summary = describe_run(config, run, train_loader, model)
     if not config.no_test:
@@ -1282,7 +1279,8 @@ def report(
         what = "validation images" if val_loader else "training images"
         evaluation = evaluate_model(model, shown, precision=config.precision, views=[CENTER])
         views = USE_VIEWS[config.augment]
-        in_use = score(*predict(model, shown, None, config.precision, views, temperature))
+        logits, labels = predict_logits(model, shown, None, config.precision, views)
+        in_use = score(average_views(logits, temperature), labels)
     else:
         shown = test_loader
         metrics, evaluation, in_use = compute_test_metrics(
@@ -1291,14 +1289,14 @@ def report(
         summary.update(metrics)
         what = "test accuracy {:.2f} %"
         which = "best" if val_loader else "last"
-        print_test(f"the {which} epoch ({best['epoch']}), {config.dataset}", summary)
+        print_test(f"the {which} epoch ({best_epoch}), {config.dataset}", summary)
         low, high = metrics["test_error_interval"]
         error = f"{metrics['test_error']:.2f} % ({low:.2f} to {high:.2f})"
         print(f"the number to report: test error {error}, one view")
         save_tables(folder, test_loader, evaluation, in_use)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
     title = f"{run_title(config)}: {what.format(evaluation.top1)}"
-    save_plot(folder / "curves.png", title, plot_results, history, best["epoch"])
+    save_plot(folder / "curves.png", title, plot_results, run["history"], best_epoch)
     save_plots(folder, config, what, shown, evaluation, in_use, model)
     written = [name for name in RUN_FILES if (folder / name).exists()]
     print(f"wrote {folder}: {', '.join(written)}")
@@ -1384,7 +1382,7 @@ def train_seeds(config: Config, passed: dict[str, Any]) -> None:
     for summary in summaries:
         kinds.add((summary["data_digest"], summary["epochs"], *summary["milestones"]))
     if len(kinds) > 1:
-        raise UserError("the seeds differ in their data, --val-size or --epochs: no mean of them")
+        raise UserError("the seeds differ in data, --val-size or schedule: no mean of them")
     print(f"\n{config.seeds} seeds of {config.dataset}, mean ± standard deviation")
     results: dict[str, Any] = {"n": config.seeds}
     for key in ("best_val_accuracy", "test_error", "test_error_multi_view"):
@@ -1486,26 +1484,36 @@ def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Confi
 
     A new run has no folder yet (None), unless its flags name it; there it replaces no file.
     """
-    if config.resume is None and not config.output_dir:
-        return None, *new_run(config, named)
-    if config.resume == "" and not config.output_dir:
-        config, _ = new_run(config, named)  # its folder is named after the network of `init_from`
-    folder = run_folder(config, named)
-    last = folder / "last.pt"
     if config.resume:
-        last = user_path(config.resume)
-        if last.is_dir():
-            last = last / "last.pt"
-        is_copy = last.exists() and last.name != "last.pt"
-        if is_copy and (last.parent / "last.pt").exists():
-            raise UserError(f"{last} would replace the last.pt beside it: move it to a folder", 2)
-    if config.resume or (config.resume == "" and last.exists()):
+        last = find_last(config.resume)
         run = load_checkpoint(last, "--resume")
         return last.parent, merge(config, named, run, last), run
+    new = None
+    if not config.output_dir:
+        new = new_run(config, named)
+        config, _ = new  # a folder is named after the network, which is that of `init_from`
+        if config.resume is None:
+            return None, *new
+    folder = run_folder(config, named)
+    last = folder / "last.pt"
+    if config.resume is not None and last.exists():
+        run = load_checkpoint(last, "--resume")
+        return folder, merge(config, named, run, last), run
     refuse_files(folder)
-    if config.resume == "":
+    if config.resume is not None:
         print(f"note: nothing to resume in {folder}, starting at the first epoch")
-    return folder, *new_run(config, named)
+    return folder, *(new or new_run(config, named))
+
+
+def find_last(resume: str) -> Path:
+    """The last.pt that --resume names, or that of its folder; UserError for a copy beside it."""
+    last = user_path(resume)
+    if last.is_dir():
+        last = last / "last.pt"
+    is_copy = last.exists() and last.name != "last.pt"
+    if is_copy and (last.parent / "last.pt").exists():
+        raise UserError(f"{last} would replace the last.pt beside it: move it to a folder", 2)
+    return last
 
 
 def refuse_files(folder: Path) -> None:
@@ -1564,7 +1572,7 @@ def new_run(config: Config, named: Collection[str]) -> tuple[Config, dict[str, A
 
 def make_folder(folder: Path | None, config: Config, is_new: bool) -> Path:
     """Make the folder of a run; a new one is the next that is free now."""
-    if world()[0] > 0:
+    if world().rank > 0:
         return folder or run_folder(config)
     if folder:
         if is_new:
@@ -1598,17 +1606,19 @@ def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Pat
     """
     old = run["config"]
     wrong = {}
-    kept = []
+    kept = {}
     for name, as_saved in different_settings(config, run).items():
         if name in named and name not in RESUMABLE:
             wrong[name] = as_saved
         elif name not in named and (name == "epochs" or name not in RESUMABLE):
-            kept.append(as_saved)
+            kept[name] = as_saved
+    if "recipe" in wrong and "epochs" in kept:  # the one setting of a recipe that is not in named
+        wrong["epochs"] = kept.pop("epochs")
     if wrong.keys() - {"recipe"}:  # a name, which says no more than its settings
         listed = ", ".join(wrong.values())
         raise UserError(f"the flags contradict {path}, which has {listed}", 2)
     if kept:
-        print(f"note: as in {path}, and not as in Config: {', '.join(kept)}")
+        print(f"note: as in {path}, and not as in Config: {', '.join(kept.values())}")
     merged = replace(old, no_test=config.no_test)
     for name in RESUMABLE.intersection(named):
         setattr(merged, name, getattr(config, name))
@@ -1616,7 +1626,10 @@ def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Pat
         raise UserError(f"--epochs {merged.epochs}: {path} has {run['epoch']} epochs already", 2)
     if merged.epochs != old.epochs:
         merged.recipe = None
-        print(f"note: {merged.epochs} epochs, with the learning-rate schedule of {old.epochs}")
+        print(
+            f"note: {merged.epochs} epochs, with the learning-rate schedule of {old.epochs}; "
+            "summary.json, tables and plots come anew after the last"
+        )
     return merged
 
 
@@ -1691,7 +1704,7 @@ def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
     if run["best_model"] and is_due:
         save_best(folder, run)
     save_table(folder / "metrics.csv", run["history"])  # the next epoch writes it again
-    if begins and world()[0] == 0:
+    if begins and world().rank == 0:
         remove_stale_files(folder, run)
 
 
@@ -1735,7 +1748,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Under torchrun the first process writes for all.
     """
-    if world()[0] > 0:
+    if world().rank > 0:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -1755,7 +1768,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise UserError(message) from None
 
 
-def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def save_table(path: Path, rows: Iterable[dict[str, Any]]) -> bool:
+    """Write a table, and return whether it is written.
+
+    One that fails, held open by a spreadsheet, costs a note, never the run.
+    """
     text = io.StringIO()
     writer = None
     for row in rows:
@@ -1763,16 +1780,8 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             writer = csv.DictWriter(text, row, lineterminator="\n")
             writer.writeheader()
         writer.writerow(row)
-    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
-
-
-def save_table(path: Path, rows: Iterable[dict[str, Any]]) -> bool:
-    """Write a table, and return whether it is written.
-
-    One that fails, held open by a spreadsheet, costs a note, never the run.
-    """
     try:
-        write_csv(path, rows)
+        write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
     except UserError as error:
         print(f"note: {error}")
         return False
@@ -1864,7 +1873,8 @@ class Classifier:
 
     A probability is the mean over the center of a picture and, if the network was trained with
     flips, its mirror image, of softmax(logits / temperature). The temperature, in best.pt, is such
-    that of held-out images with 90 % about 90 % are right; where there were none it is 1.
+    that of held-out images with 90 % about 90 % are right. Where there were fewer than a hundred, or
+    the run has not ended, it is 1.
 
     >>> classifier = Classifier("results/cifar10-best/best.pt")
     >>> classifier("photo.jpg")  # {"cat": 0.93, "dog": 0.04, ...}, the most probable class first
@@ -1914,11 +1924,10 @@ class Classifier:
         """
         no_labels = torch.zeros(len(images), dtype=torch.int64)
         loader = self.loader(images, no_labels)
-        log_probabilities, _ = predict(
-            self.model, loader, self.device, self.precision, self.views, self.temperature
-        )
+        logits, _ = predict_logits(self.model, loader, self.device, self.precision, self.views)
+        probabilities = average_views(logits, self.temperature).exp()
         results = []
-        for row in log_probabilities.exp().tolist():
+        for row in probabilities.tolist():
             probability = dict(zip(self.classes, row))
             ranked = sorted(probability, key=probability.get, reverse=True)
             results.append({name: probability[name] for name in ranked})
@@ -2204,10 +2213,10 @@ def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
 # ---- Krizhevsky's networks of 2012 ---------------------------------------------------------------
 #
 # From layers-*.cfg and layer-params-*.cfg in example-layers/ of cuda-convnet, each named after the
-# error that he published for it on CIFAR-10; the recipe of the same name trains it as he did, 11pct
-# on all images from the start, with as many steps as he. A pooling window may hang over the edge,
-# where an average divides by the pixels that are there. The first ReLU of 11pct and 13pct comes
-# after the max pooling, and his before: the same values from a quarter of the work.
+# time or the error that he published for it on CIFAR-10. The recipe of the same name trains it on
+# as many images as he did; results/networks.md lists what differs. A pooling window may hang over
+# the edge, where an average divides by the pixels that are there. The first ReLU of 11pct and 13pct
+# comes after the max pooling, and his before: the same values from a quarter of the work.
 
 
 class MapNormalization(nn.Module):
@@ -2506,11 +2515,11 @@ MODELS = {  # the choices of --model
 def input_size(network: nn.Module) -> int:
     """The side of the images that a network takes, which the loader crops.
 
-    Raises UserError if it leaves other than 9 x 9 places.
+    Raises UserError if it leaves other than 9 x 9 places, or is larger than the images.
     """
     size = getattr(network, "input_size", 32)
-    if size < 24 or size % 2:
-        raise UserError(f"the network's input_size must be even, and 24 at least, not {size}", 2)
+    if not 24 <= size <= 32 or size % 2:
+        raise UserError(f"the network's input_size must be even, 24 to 32, not {size}", 2)
     return size
 
 
@@ -2705,7 +2714,7 @@ def speed_up_lrn(
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     images = images.to(device, memory_format=memory_format(device))
     try:
-        without_bf16 = device.type == "cuda" and choose_precision("auto", device) == "fp32"
+        without_bf16 = device.type == "cuda" and not has_bf16(device)
         if dynamo.config.disable or (precision == "bf16" and without_bf16):
             raise RuntimeError("TORCH_COMPILE_DISABLE is set, or this GPU has no bf16")
         trial = copy.deepcopy(model).eval()
@@ -2727,12 +2736,12 @@ def accelerate(
 
     Both have the same weights. On CUDA steps are replayed as graphs, under torchrun shared by DDP.
     """
-    if world()[1] > 1 and device.type == "cuda":
+    if world().size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     compiled = speed_up_lrn(model, config.compile, device, precision)
-    graphs = device.type == "cuda" and world()[1] == 1 and config.compile != "off"
+    graphs = device.type == "cuda" and world().size == 1 and config.compile != "off"
     hardware = describe_hardware(device, precision, compiled) | {"cuda_graphs": graphs}
-    if world()[1] > 1:
+    if world().size > 1:
         return model, nn.parallel.DistributedDataParallel(model), hardware
     if graphs:
         return model, CudaGraphs(model, next(iter(loader))[0], precision), hardware
@@ -3276,7 +3285,7 @@ def describe_hardware(device: torch.device, precision: str, compiled: bool) -> d
         "processor": processor,
         "device_used": device.type,
         "threads": torch.get_num_threads(),
-        "processes": world()[1],
+        "processes": world().size,
         "precision_used": precision,
         "compiled": compiled,
         "torch_version": str(torch.__version__),  # weights_only does not load its subclass
@@ -3307,7 +3316,7 @@ def flag_name(name: str) -> str:
 def command_of(passed: dict[str, Any]) -> str:
     """The command line with these flags."""
     words = ["python"]
-    if world()[1] > 1 and "checkpoint" not in passed:
+    if world().size > 1 and "checkpoint" not in passed:
         words = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
     words.append(sys.argv[0] if sys.argv[0].endswith(".py") else "cifar_krizhevsky.py")
     for name, value in passed.items():
@@ -3597,7 +3606,7 @@ def explain(error: BaseException, config: Config, passed: dict[str, Any]) -> tup
         in_epoch = any(frame.name == "train_one_epoch" for frame in frames)
         hint = "a smaller --batch-size" if in_epoch else "--device cpu, or fewer images"
         return 1, f"error: out of memory: try {hint}"
-    if world()[1] > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
+    if world().size > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
         return 1, f"error: another process of this run has ended ({reason(error)})"
     raise error
 
@@ -3614,7 +3623,7 @@ def main(argv: list[str] | None = None) -> int:
             if with_torchrun and int(os.environ["WORLD_SIZE"]) > 1:
                 join_torchrun(config)
             code = run_command(config, passed)
-            if world()[1] > 1:
+            if world().size > 1:
                 distributed.destroy_process_group()
             sys.stdout.flush()
         except (KeyboardInterrupt, Exception) as error:

@@ -185,7 +185,7 @@ def this_script(
 
     def infer(passes: int) -> None:
         for _ in range(passes):
-            script.predict(model, val_loader, device, precision)
+            script.evaluate_model(model, val_loader, precision=precision)
 
     if contender.kind == "inference":
         return infer, len(val_loader.labels), compiled

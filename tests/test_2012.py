@@ -181,18 +181,20 @@ def test_lr_and_weight_decay_scale_every_group_and_a_network_without_factors_has
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "drops"),
+    ("name", "epochs", "drops", "augment"),
     [
-        ("80sec", 10, [8]),
-        ("18pct", 140, [120, 130]),
-        ("13pct", 140, [120, 130]),
-        ("11pct", 450, [430, 440]),
+        ("80sec", 10, [8], "none"),
+        ("18pct", 140, [120, 130], "none"),
+        ("13pct", 140, [120, 130], "crop-flip"),
+        ("11pct", 450, [430, 440], "crop-flip"),
     ],
 )
-def test_schedules_are_his(ck, name, epochs, drops):
-    recipe = ck.RECIPES[name]
-    assert (recipe["epochs"], recipe["val_size"], recipe["lr"]) == (epochs, 0, 0.001)
-    assert ck.resolve_milestones(recipe["milestones"], epochs) == drops
+def test_inputs_and_schedules_are_his(ck, name, epochs, drops, augment):
+    config = ck.Config(**ck.RECIPES[name])
+    assert (config.inputs, config.augment, config.val_size) == ("mean-image", augment, 0)
+    assert (config.epochs, config.batch_size) == (epochs, 128)
+    assert (config.lr, config.momentum, config.gamma) == (0.001, 0.9, 0.1)
+    assert ck.resolve_milestones(config.milestones, epochs) == drops
 
 
 # ---- Inputs, crops, views ------------------------------------------------------------------------

@@ -131,8 +131,8 @@ def test_no_test_never_evaluates_the_test_images(ck, small, tmp_path, monkeypatc
         test.__class__ = type("Untouchable", (ck.CifarLoader,), {"view": None, "__iter__": None})
         return train, val, test
 
-    get_loaders = ck.get_cifar_data_loaders
-    monkeypatch.setattr(ck, "get_cifar_data_loaders", loaders)
+    get_loaders = ck.make_loaders
+    monkeypatch.setattr(ck, "make_loaders", loaders)
     flags = (*quick_flags(small), "--epochs", 1, "--no-test", "--output-dir", "run")
     result = call(*flags, cwd=tmp_path)
     assert result.code == 0 and "test of" not in result.out

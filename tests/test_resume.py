@@ -266,6 +266,15 @@ def test_the_command_of_a_recipe_resumes_its_run_and_another_recipe_is_refused(s
     assert "--batch-size 32" in message
 
 
+def test_a_recipe_that_differs_in_its_epochs_alone_is_another(ck, small, tmp_path, monkeypatch):
+    shorter = ck.RECIPES["quick"] | {"epochs": 2}
+    monkeypatch.setitem(ck.RECIPES, "shorter", shorter)
+    command = ["--dataset", small, "--no-test", "--compile", "off", "--recipe"]
+    finish(*command, "shorter", cwd=tmp_path)
+    message = one_line_error(call(*command, "quick", "--resume", cwd=tmp_path), code=2)
+    assert "--recipe shorter" in message and "--epochs 2" in message
+
+
 OTHER = """--val-size 10; --inputs 0-255; --model compact; --norm none; --lrn-size 9; --lrn-alpha 1
     --lrn-beta 0.5; --lrn-k 1; --dropout 0.25; --recipe quick; --batch-size 48; --lr 0.01
     --momentum 0.5; --weight-decay 0; --label-smoothing 0.1; --gamma 0.5; --milestones 1 3; --seed 1

@@ -412,6 +412,14 @@ def test_crops_of_24_in_the_default_network(ck, small, tmp_path, monkeypatch):
     assert "error, 10 views" in result.out
 
 
+@pytest.mark.parametrize("size", [22, 25, 64])
+def test_crops_that_the_images_do_not_have_are_refused(ck, small, tmp_path, monkeypatch, size):
+    network = type("Sized", (ck.KrizhevskyNet,), {"input_size": size})
+    monkeypatch.setitem(ck.MODELS, "krizhevsky", network)
+    error = one_line_error(call(*quick_flags(small), "--output-dir", "run", cwd=tmp_path), code=2)
+    assert "input_size" in error and not (tmp_path / "run").exists()
+
+
 def test_an_empty_list_of_milestones_is_a_constant_rate(ck, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {"dataset": str(small), "epochs": 2, "val_size": 20, "batch_size": 64}
