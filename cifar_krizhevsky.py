@@ -675,7 +675,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     config = check_settings(config)
     if config.seeds:
         raise UserError("--seeds is of the command line: train makes one run, of one seed", 2)
-    check_recipe(config)
+    check_recipe(config, named)
     folder, config, run = open_run(config, named)  # run: what last.pt holds
     is_resumed = "model" in run
 
@@ -793,17 +793,20 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     return report(config, run, loaders, model)
 
 
-def check_recipe(config: Config) -> None:
-    """Raise UserError for a recipe's name without its settings, which only the flag sets."""
+def overridden(config: Config) -> set[str]:
+    """The settings of the configuration's recipe that it has otherwise."""
     if config.recipe is None:
-        return
+        return set()
     recipe = check_settings(Config(**RECIPES[config.recipe]))
-    for name in RECIPES[config.recipe]:
-        if getattr(config, name) != getattr(recipe, name):
-            way = f'Config(**RECIPES["{config.recipe}"])'
-            raise UserError(
-                f"recipe={config.recipe!r} is only a name: use {way}, with your changes"
-            )
+    names = RECIPES[config.recipe]
+    return {name for name in names if getattr(config, name) != getattr(recipe, name)}
+
+
+def check_recipe(config: Config, named: Collection[str]) -> None:
+    """Raise UserError for a recipe's name without its settings, which only the flag sets."""
+    if overridden(config) - set(named):
+        way = f'Config(**RECIPES["{config.recipe}"])'
+        raise UserError(f"recipe={config.recipe!r} is only a name: use {way}, with your changes")
 
 
 def check_processes(config: Config, device: torch.device) -> None:
@@ -1475,7 +1478,10 @@ def different_settings(config: Config, run: dict[str, Any]) -> dict[str, str]:
     for name, value in asdict(run["config"]).items():
         asked = run["asked"].get(name, value)
         if getattr(config, name) not in (value, asked):
-            differ[name] = f"{flag_name(name)} {value}"
+            shown = asked if value is None else value
+            differ[name] = (
+                f"no {flag_name(name)}" if shown is None else f"{flag_name(name)} {shown}"
+            )
     return differ
 
 
@@ -1491,9 +1497,10 @@ def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Confi
     new = None
     if not config.output_dir:
         new = new_run(config, named)
-        config, _ = new  # a folder is named after the network, which is that of `init_from`
         if config.resume is None:
             return None, *new
+        # what is asked for, with the network of `init_from`, after which the folder is named
+        config = replace(new[0], recipe=config.recipe)
     folder = run_folder(config, named)
     last = folder / "last.pt"
     if config.resume is not None and last.exists():
@@ -1541,8 +1548,15 @@ def new_run(config: Config, named: Collection[str]) -> tuple[Config, dict[str, A
         "best_epoch": 0,
         "best_model": None,
     }
-    if not config.init_from:
-        return config, run
+    if config.init_from:
+        config = take_network(config, named, run)
+    if overridden(config):
+        config = replace(config, recipe=None)  # it is another one now
+    return config, run
+
+
+def take_network(config: Config, named: Collection[str], run: dict[str, Any]) -> Config:
+    """The configuration with the network of `init_from`, whose weights the run is given."""
     trained = load_checkpoint(user_path(config.init_from), "--init-from")
     settings = {}
     taken = []
@@ -1557,9 +1571,6 @@ def new_run(config: Config, named: Collection[str]) -> tuple[Config, dict[str, A
             print(f"note: {config.init_from} has {flag_name(name)} {value}")
     if taken:
         print(f"note: {', '.join(taken)} is taken over from {config.init_from}")
-    recipe = RECIPES.get(config.recipe, {})
-    if any(settings.get(name, value) != value for name, value in recipe.items()):
-        settings["recipe"] = None  # it is another one now
     config = replace(config, **settings)
     run["initial"] = {"model": trained["model"], "classes": trained["classes"]}
     own = build_model(config, len(trained["classes"]))
@@ -1567,7 +1578,7 @@ def new_run(config: Config, named: Collection[str]) -> tuple[Config, dict[str, A
     same_inputs = trained["config"].inputs == config.inputs
     if same_inputs and input_size(own) == input_size(other):
         run["statistics"] = (trained["mean"], trained["std"])
-    return config, run
+    return config
 
 
 def make_folder(folder: Path | None, config: Config, is_new: bool) -> Path:
@@ -1605,20 +1616,17 @@ def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Pat
     for fewer epochs than are done.
     """
     old = run["config"]
-    wrong = {}
-    kept = {}
+    wrong = []
+    kept = []
     for name, as_saved in different_settings(config, run).items():
         if name in named and name not in RESUMABLE:
-            wrong[name] = as_saved
+            wrong.append(as_saved)
         elif name not in named and (name == "epochs" or name not in RESUMABLE):
-            kept[name] = as_saved
-    if "recipe" in wrong and "epochs" in kept:  # the one setting of a recipe that is not in named
-        wrong["epochs"] = kept.pop("epochs")
-    if wrong.keys() - {"recipe"}:  # a name, which says no more than its settings
-        listed = ", ".join(wrong.values())
-        raise UserError(f"the flags contradict {path}, which has {listed}", 2)
+            kept.append(as_saved)
+    if wrong:
+        raise UserError(f"the flags contradict {path}, which has {', '.join(wrong)}", 2)
     if kept:
-        print(f"note: as in {path}, and not as in Config: {', '.join(kept.values())}")
+        print(f"note: as in {path}, and not as in Config: {', '.join(kept)}")
     merged = replace(old, no_test=config.no_test)
     for name in RESUMABLE.intersection(named):
         setattr(merged, name, getattr(config, name))
@@ -1626,9 +1634,10 @@ def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Pat
         raise UserError(f"--epochs {merged.epochs}: {path} has {run['epoch']} epochs already", 2)
     if merged.epochs != old.epochs:
         merged.recipe = None
+        planned = run["asked"].get("epochs", old.epochs)
         print(
-            f"note: {merged.epochs} epochs, with the learning-rate schedule of {old.epochs}; "
-            "summary.json, tables and plots come anew after the last"
+            f"note: {merged.epochs} epochs, with the learning-rate schedule of {planned}; "
+            "earlier results are replaced"
         )
     return merged
 
@@ -3524,8 +3533,6 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, An
     recipe = RECIPES.get(passed.get("recipe", Config().recipe), {})
     config = check_settings(replace(Config(**recipe), **passed))
     check(config, passed)
-    if recipe.keys() & passed.keys():
-        config.recipe = None  # it is another one now
     return config, passed
 
 

@@ -272,7 +272,12 @@ def test_a_recipe_that_differs_in_its_epochs_alone_is_another(ck, small, tmp_pat
     command = ["--dataset", small, "--no-test", "--compile", "off", "--recipe"]
     finish(*command, "shorter", cwd=tmp_path)
     message = one_line_error(call(*command, "quick", "--resume", cwd=tmp_path), code=2)
-    assert "--recipe shorter" in message and "--epochs 2" in message
+    assert "--recipe shorter" in message
+    finish(*command, "quick", "--epochs", 1, cwd=tmp_path)
+    finish(*command, "shorter", "--epochs", 3, "--resume", cwd=tmp_path)  # not the newest
+    finish(*command, "quick", "--resume", cwd=tmp_path)
+    runs = {path.parent.name: read(path) for path in tmp_path.glob("runs/*/summary.json")}
+    assert [runs[name]["epochs"] for name in sorted(runs)] == [3, 1]
 
 
 OTHER = """--val-size 10; --inputs 0-255; --model compact; --norm none; --lrn-size 9; --lrn-alpha 1
