@@ -1130,10 +1130,13 @@ def compute_test_metrics(
     """
     views = VIEWS[augment]
     logits, labels = predict_logits(model, loader, precision=precision, views=views)
-    logits_of_use = logits[[views.index(view) for view in USE_VIEWS[augment]]]
-    single = score(average_views(logits[:1]), labels)  # the center
+    places = [views.index(view) for view in USE_VIEWS[augment]]
+    logits_of_use = logits[places]
+    logits_of_center = logits[[views.index(CENTER)]]
+    single = score(average_views(logits_of_center), labels)
     multi = score(average_views(logits), labels)
     in_use = score(average_views(logits_of_use, temperature), labels)
+    uncalibrated = average_views(logits_of_use)
     count = len(labels)
     classes = loader.classes
     matrix = confusion_matrix(single)
@@ -1153,9 +1156,7 @@ def compute_test_metrics(
         "test_class_accuracy": accuracies,
         "test_most_confused": confused,
         "test_calibration_error": calibration_error(in_use.log_probabilities, in_use.labels),
-        "test_calibration_error_uncalibrated": calibration_error(
-            average_views(logits_of_use), labels
-        ),
+        "test_calibration_error_uncalibrated": calibration_error(uncalibrated, labels),
     }
     for k, accuracy in ((3, single.top3), (5, single.top5)):
         if k < len(classes):
@@ -1499,8 +1500,8 @@ def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Confi
         new = new_run(config, named)
         if config.resume is None:
             return None, *new
-        # what is asked for, with the network of `init_from`, after which the folder is named
-        config = replace(new[0], recipe=config.recipe)
+        begun, _ = new  # has the network of `init_from`, after which the folder is named
+        config = replace(begun, recipe=config.recipe)  # as asked for, to compare with last.pt
     folder = run_folder(config, named)
     last = folder / "last.pt"
     if config.resume is not None and last.exists():
