@@ -70,7 +70,7 @@ import torch
 from torch import Tensor, distributed, fx, nn, optim
 from torch.nn import functional as F
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # of images (B, 3, 32, 32) and labels (B,)
+Batches = Iterable[tuple[Tensor, Tensor]]  # of images (B, 3, H, W) and labels (B,)
 
 # ---- Hyperparameters -----------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class Config:
     norm: str               = flag("lrn", "none takes LRN out of a network that has it", choices=["lrn", "none"])
     lrn_size: int           = flag(5, "LRN: width of the window in channels, in 18pct in pixels", ">= 1")
     # with standardized inputs 1e-4 makes LRN a constant factor; 1.0, with lrn_k 1.0, makes it act
-    lrn_alpha: float        = flag(1e-4, "LRN: alpha (divided by the size of the window)", ">= 0")
+    lrn_alpha: float        = flag(1e-4, "LRN: alpha (divided by the number of values in the window)", ">= 0")
     lrn_beta: float         = flag(0.75, "LRN: exponent", ">= 0")
     lrn_k: float            = flag(2.0, "LRN: additive constant", "> 0")
     dropout: float | None   = flag(None, "dropout (default: 0; five-conv, alexnet 0.5; compact 0.03)", ">= 0", "< 1")
@@ -141,7 +141,7 @@ class Config:
     # instead of training
     summary: bool           = flag(False, "print the layers of the network and exit")
     checkpoint: str | None  = flag(None, "a best.pt, for --evaluate, --image or --image-dir")
-    evaluate: bool          = flag(False, "test --checkpoint again and redraw its plots")
+    evaluate: bool          = flag(False, "test --checkpoint again; tables and plots")
     image: list[str] | None = flag(None, "classify these pictures with --checkpoint", nargs="+")
     image_dir: str | None   = flag(None, "classify every picture in this folder and below")
     show_all_probs: bool    = flag(False, "with pictures: print every class, not the top 3")
@@ -348,11 +348,32 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 0, 0))
         try:
-            model = MODELS[config.model](num_classes, **options)
+            model = MODELS[config.model](num_classes=num_classes, **options)
         except ValueError as error:
             raise UserError(f"--model {config.model}: {error}", 2) from None
     if "lrn" not in options and has_lrn(model):
         raise UserError(f"--model {config.model}: it has LRN, so its class must take `lrn`", 2)
+    outputs = tuple(probe(model).shape)
+    if outputs != (1, num_classes):
+        raise UserError(f"--model {config.model}: gives {outputs}, not (1, {num_classes})", 2)
+    return model
+
+
+def probe(model: nn.Module) -> Tensor:
+    """The logits (1, classes) of one fixed image, by which an edited network is noticed."""
+    size = input_size(model)
+    image = 30 * torch.arange(3 * size * size).sin().view(1, 3, size, size)
+    is_training = model.training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)  # for a forward that draws random numbers
+        logits = model.eval()(image.contiguous(memory_format=torch.channels_last))
+    model.train(is_training)
+    return logits
+
+
+def build_trained(config: Config, num_classes: int, weights: dict[str, Tensor]) -> nn.Module:
+    model = build_model(config, num_classes)
+    model.load_state_dict(weights)
     return model
 
 
@@ -709,7 +730,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         restore(run, folder / "last.pt", model, optimizer, scheduler)
     for group in optimizer.param_groups:
         group["fused"] = device.type == "cuda" or None  # one kernel for all weights of a group
-    check_data(run, data, loaders, config.dataset)
+    check_data(run, data, loaders, config.dataset, folder)
 
     # All is checked: the folder is made, and what was chosen is stored, for a resumed run to keep
     folder = make_folder(folder, config, is_new=not is_resumed)
@@ -723,19 +744,20 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         resume=None,
     )
     print_run(config, loaders, model, scheduler, hardware)
-    if is_resumed:
-        print_resumed(run, hardware)
+    if run["epoch"] < config.epochs:
+        if is_resumed:
+            print_resumed(run, hardware)
+        run["hardware"] = hardware
+        run["command"] = command
+        run["setup_seconds"] = time.perf_counter() - started
     run.update(
         config=asdict(config),
-        hardware=hardware,
-        command=command,
         classes=train_loader.classes,
         white=data.white,
         statistics=(train_loader.mean, train_loader.std),
         model=cpu_state_dict(model),
         optimizer=optimizer.state_dict(),
         scheduler=scheduler.state_dict(),
-        setup_seconds=time.perf_counter() - started,
     )
     save_run(folder, run, begins=True)  # a full disk is noticed now, not after an epoch
     stop.folder = folder
@@ -1489,7 +1511,7 @@ def different_settings(config: Config, run: dict[str, Any]) -> dict[str, str]:
 def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Config, dict[str, Any]]:
     """A run's folder, configuration and state: of last.pt, or those of a new run.
 
-    A new run has no folder yet (None), unless its flags name it; there it replaces no file.
+    A new run without --output-dir or --resume has no folder yet (None); others replace no file.
     """
     if config.resume:
         last = find_last(config.resume)
@@ -1514,13 +1536,14 @@ def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Confi
 
 
 def find_last(resume: str) -> Path:
-    """The last.pt that --resume names, or that of its folder; UserError for a copy beside it."""
+    """The last.pt that --resume names, or that of its folder; UserError for a copy in a run's."""
     last = user_path(resume)
     if last.is_dir():
         last = last / "last.pt"
     is_copy = last.exists() and last.name != "last.pt"
-    if is_copy and (last.parent / "last.pt").exists():
-        raise UserError(f"{last} would replace the last.pt beside it: move it to a folder", 2)
+    beside = [name for name in RUN_FILES if (last.parent / name).exists()]
+    if is_copy and beside:
+        raise UserError(f"{last} would replace the {beside[0]} beside it: move it to a folder", 2)
     return last
 
 
@@ -1539,8 +1562,8 @@ def new_run(config: Config, named: Collection[str]) -> tuple[Config, dict[str, A
 
     The state has these keys, and what `train` adds once all is checked: config, hardware, command,
     classes, statistics (mean and std), white, data and pixels (the identity of the images), model,
-    optimizer, scheduler. With `init_from` the configuration is that of the trained network, but for
-    what is named, and the state has its weights and statistics.
+    optimizer, scheduler, setup_seconds. With `init_from` the configuration is that of the trained
+    network, but for what is named; the state has its weights, and its statistics if they fit.
     """
     run = {
         "asked": asdict(config),
@@ -1671,8 +1694,9 @@ def copy_weights(trained: dict[str, Any], model: nn.Module, classes: list[str], 
 
 
 def check_data(
-    run: dict[str, Any], data: Dataset, loaders: Iterable[CifarLoader | None], name: str
-) -> None:
+    run: dict[str, Any], data: Dataset, loaders: Iterable[CifarLoader | None], name: str,
+    folder: Path | None,
+) -> None:  # fmt: skip
     """Keep the identity of a run's data: its files' bytes, or its pixels where it has no files.
 
     Raises UserError if they are others than before. Files that decode to other pixels are a note.
@@ -1680,26 +1704,53 @@ def check_data(
     pixels = data_digest(*loaders)
     identity = data.files or pixels
     if run.setdefault("data", identity) != identity:
-        raise UserError(f"{name} holds other images or labels than when the run started")
+        raise UserError(f"{name} holds other images or labels than when {folder} was begun")
     if run.get("pixels", pixels) != pixels:
         print("note: the same files give other pixels than before the stop, by another decoder")
     run["pixels"] = pixels
+
+
+def check_unchanged(
+    title: str, made: object, state: dict[str, Any], state_before: dict[str, Any]
+) -> None:
+    """Raise UserError if an optimizer or scheduler is made with other arguments than before."""
+    for name, argument in inspect.signature(type(made)).parameters.items():
+        default = None if argument.default is argument.empty else argument.default
+        now = state.get(name, default)
+        before = state_before.get(name, default)
+        may_change = name in ("lr", "last_epoch", "params", "fused")
+        if now != before and not may_change:
+            raise UserError(f"{title} has {name} {before}, and not {now}", 2)
 
 
 def restore(
     run: dict[str, Any], path: Path, model: nn.Module, optimizer: optim.Optimizer, scheduler: Any
 ) -> None:
     """Put the state of a run, which is that of last.pt at `path`, into what trains."""
+    model.load_state_dict(rebuild(run, path).state_dict())
     with checkpoint_errors(path):
-        model.load_state_dict(run["model"])
-        optimizer.load_state_dict(run["optimizer"])
+        groups = optimizer.state_dict()["param_groups"]
+        for group, group_before in zip(groups, run["optimizer"]["param_groups"]):
+            check_unchanged(f"the optimizer of {path}", optimizer, group, group_before)
         planned = scheduler.state_dict()
-        for name in inspect.signature(type(scheduler)).parameters:
-            now = planned.get(name)
-            before = run["scheduler"].get(name)
-            if now != before and name != "last_epoch":
-                raise UserError(f"the schedule of {path} has {name} {before}, and not {now}", 2)
+        check_unchanged(f"the schedule of {path}", scheduler, planned, run["scheduler"])
+        optimizer.load_state_dict(run["optimizer"])
         scheduler.load_state_dict(run["scheduler"])
+
+
+def rebuild(checkpoint: dict[str, Any], path: Path) -> nn.Module:
+    """The network of a best.pt or last.pt, on the CPU.
+
+    Raises UserError if its weights do not fit the network as it is now, or give other logits.
+    """
+    with checkpoint_errors(path):
+        model = build_trained(checkpoint["config"], len(checkpoint["classes"]), checkpoint["model"])
+        if "probe" in checkpoint:  # old files have none
+            before = torch.tensor(checkpoint["probe"])
+            limit = 1e-4 * before.abs().max().item()  # another CPU differs by some 1e-6
+            if not torch.allclose(probe(model), before, rtol=0, atol=limit):
+                raise UserError(f"{path}: the network was edited since, it gives other logits")
+    return model
 
 
 def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
@@ -1707,6 +1758,8 @@ def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
 
     A run that begins, or goes on, also removes what a killed process or a shorter run has left.
     """
+    config = Config(**run["config"])
+    run["probe"] = probe(build_trained(config, len(run["classes"]), run["model"])).tolist()
     save_checkpoint(folder / "last.pt", run)
     is_due = run["best_epoch"] == run["epoch"]
     if begins:  # of a finished run it stays as it is, until `report` writes it again
@@ -1720,8 +1773,10 @@ def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
 
 def save_best(folder: Path, run: dict[str, Any], temperature: float = 1.0) -> None:
     """Write best.pt. Its temperature is 1 until `report` has found it, at the end of the run."""
+    network = build_trained(Config(**run["config"]), len(run["classes"]), run["best_model"])
     best = {
         "model": run["best_model"],
+        "probe": probe(network).tolist(),
         "config": run["config"],
         "classes": run["classes"],
         "mean": run["statistics"][0],
@@ -1865,15 +1920,13 @@ def load_trained(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a best.pt, ready for use, and the rest of it.
 
-    That is `config`, `classes`, `mean`, `std`, `epoch` and `temperature`, which is 1 in old files.
+    That is `config`, `classes`, `mean`, `std`, `white`, `epoch` and `temperature`, 1 in old files.
     This is the network to take to other tools: its LRN is the plain formula.
     Raises UserError if the file is missing, damaged or something else.
     """
     path = user_path(path)
     checkpoint = load_checkpoint(path, "--checkpoint")
-    with checkpoint_errors(path):
-        model = build_model(checkpoint["config"], len(checkpoint["classes"]))
-        model.load_state_dict(checkpoint["model"])
+    model = rebuild(checkpoint, path)
     checkpoint.setdefault("temperature", 1.0)  # old files have none
     return model.to(device).eval(), checkpoint
 
@@ -2012,7 +2065,7 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> int:
     same_files = data.files and data.files == classifier.trained.get("data")
     if again.dataset != trained.dataset and not same_files:
         folder = folder / user_path(again.dataset).resolve().name  # keeps the run's own plots
-    folder = user_path(config.output_dir or folder)
+    folder = user_path(passed.get("output_dir", folder))
     folder.mkdir(parents=True, exist_ok=True)
     tune_glibc_malloc()
     speed_up_lrn(model, config.compile, classifier.device, classifier.precision)
@@ -2650,15 +2703,29 @@ class _LayerTracer(fx.Tracer):
         return not [*module.children()]
 
 
+def value_and_gradient(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The output of a layer, and the gradient of a weighted sum of it."""
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        y = layer(x)
+        (gradient,) = torch.autograd.grad((y * x.detach().cos()).sum(), x)
+    return y.detach(), gradient
+
+
 def replaceable_lrn(model: nn.Module) -> dict[str, LocalResponseNormalization]:
     """The LRN layers in whose place FastLRN gives the same: not those that a user has edited."""
     found = {}
     for name, layer in model.named_modules():
-        if type(layer) is LocalResponseNormalization and not [*layer.parameters()]:
-            x = torch.linspace(-30, 30, 6 * layer.size).view(2, -1, 1, 1)
-            if torch.allclose(FastLRN(layer, compiled=False, relu=False)(x), layer(x), rtol=1e-4):
-                found[name] = layer
-        elif type(layer) is FastLRN:
+        if type(layer) is FastLRN:
+            found[name] = layer
+        if type(layer) is not LocalResponseNormalization or layer.state_dict():
+            continue
+        fast = FastLRN(layer, compiled=False, relu=False)
+        x = 30 * torch.arange(2 * 3 * layer.size * 9).sin().view(2, -1, 3, 3)
+        value, gradient = value_and_gradient(layer, x)
+        fast_value, fast_gradient = value_and_gradient(fast, x)
+        same_value = torch.allclose(fast_value, value, rtol=1e-4)
+        if same_value and torch.allclose(fast_gradient, gradient, rtol=1e-3, atol=1e-4):
             found[name] = layer
     return found
 
@@ -2713,7 +2780,8 @@ def speed_up_lrn(
     layers = replaceable_lrn(model)
     for name, layer in model.named_modules():
         if isinstance(layer, LocalResponseNormalization) and name not in layers:
-            print(f"note: {name} is another LRN than the script's, and not made fast")
+            note = f"note: {name} is another LRN than the script's, and not made fast"
+            print(note, file=sys.stderr)
     if device.type == "cpu":
         replace_lrn(model, compiled=False)
     if not layers or compile == "off" or device.type == "mps":
@@ -3275,7 +3343,10 @@ def join_torchrun(config: Config) -> None:
     """Join the processes that torchrun has started, to train one network together."""
     if config.seeds or config.checkpoint or config.summary:
         raise UserError("torchrun trains one network: run this without it", 2)
-    device = choose_device(config.device)
+    try:
+        device = choose_device(config.device)
+    except UserError as error:  # of this process: each has its own
+        raise UserError(str(error)) from None
     has_nccl = device.type == "cuda" and distributed.is_nccl_available()
     backend = "nccl" if has_nccl else "gloo"
     distributed.init_process_group(backend, timeout=timedelta(hours=12))
@@ -3375,6 +3446,7 @@ def add_flag(group: Any, option: Field) -> None:
         text = f"{text} (default: {default})"
     group.add_argument(
         name,
+        action="extend" if option.metadata["nargs"] == "+" else "store",
         help=text,
         type=kind_of(option),
         choices=choices_of(option),

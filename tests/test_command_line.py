@@ -266,6 +266,14 @@ def test_help_has_the_groups_of_config_and_recipes_as_commands(ck, capsys):
         assert asdict(spelled_out) | {"recipe": name} == asdict(named)
 
 
+def test_a_list_may_be_given_in_parts(ck):
+    words = ["--checkpoint", "best.pt", "--image", "a.png", "b.png", "--image", "c.png"]
+    assert ck.parse_arguments(words)[0].image == ["a.png", "b.png", "c.png"]
+    once = ["--milestones", "5"]
+    assert ck.parse_arguments(once)[0].milestones == [5]  # in place of the default
+    assert ck.parse_arguments(["--recipe", "short", *once, *once])[0].milestones == [5, 5]
+
+
 def test_a_class_that_is_added_to_models_is_a_choice_of_model(ck, monkeypatch):
     monkeypatch.setitem(ck.MODELS, "mine", torch.nn.Identity)
     assert ck.parse_arguments(["--model", "mine"])[0].model == "mine"

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cifar_krizhevsky import KrizhevskyNet
+from cifar_krizhevsky import KrizhevskyNet, LocalResponseNormalization
 
 
 def by_passes(layer: nn.Module) -> nn.Module:
@@ -318,15 +318,39 @@ def test_an_edited_lrn_is_left_as_it_is_with_a_note(ck, monkeypatch, capsys):
     images = torch.randn(4, 3, 32, 32)
     expected = model(images)
     ck.speed_up_lrn(model, "off", "cpu", "fp32")
-    assert "norm1" in capsys.readouterr().out and isinstance(model.norm2, ck.FastLRN)
+    assert "norm1" in capsys.readouterr().err and isinstance(model.norm2, ck.FastLRN)
     torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
 
-    plain = ck.LocalResponseNormalization.forward
-    monkeypatch.setattr(ck.LocalResponseNormalization, "forward", lambda s, x: 1.01 * plain(s, x))
-    model = ck.build_model(ck.Config(), 10)
+
+plain_lrn = LocalResponseNormalization.forward
+
+
+def scaled(layer, x: Tensor) -> Tensor:
+    return 1.01 * plain_lrn(layer, x)
+
+
+def blurred(layer, x: Tensor) -> Tensor:
+    return plain_lrn(layer, 9 * F.avg_pool2d(x, 3, stride=1, padding=1))
+
+
+def with_a_constant_denominator(layer, x: Tensor) -> Tensor:
+    return x * (plain_lrn(layer, x) / x.where(x != 0, 1)).detach()
+
+
+@pytest.mark.parametrize("edited", [scaled, blurred, with_a_constant_denominator])
+def test_an_lrn_that_is_edited_in_its_class_is_left_as_it_is(ck, monkeypatch, capsys, edited):
+    monkeypatch.setattr(ck.LocalResponseNormalization, "forward", edited)
+    model = ck.build_model(ck.Config(lrn_alpha=1.0, lrn_k=1.0), 10)
     ck.speed_up_lrn(model, "off", "cpu", "fp32")
-    assert "norm1" in capsys.readouterr().out
+    assert "norm1" in capsys.readouterr().err
     assert type(model.norm1) is type(model.norm2) is ck.LocalResponseNormalization
+
+
+def test_an_lrn_with_a_state_of_its_own_keeps_it(ck):
+    model = ck.build_model(ck.Config(), 10)
+    model.norm1.register_buffer("gain", torch.ones(1))
+    ck.speed_up_lrn(model, "off", "cpu", "fp32")
+    assert "norm1.gain" in model.state_dict() and isinstance(model.norm2, ck.FastLRN)
 
 
 class ConstantNet(KrizhevskyNet):

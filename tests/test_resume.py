@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import itertools
 import json
 import multiprocessing
@@ -407,11 +408,33 @@ def test_a_run_goes_on_with_no_other_schedule(ck, flags, tmp_path, monkeypatch):
     assert "T_max 3, and not 6" in one_line_error(result, 2)
 
 
-def test_an_older_copy_beside_last_pt_does_not_replace_it(finished):
+def test_a_run_goes_on_with_no_other_optimizer(ck, flags, tmp_path, monkeypatch):
+    finish(*flags, "--output-dir", "run", "--no-test", cwd=tmp_path)
+    before = files(tmp_path)
+    nesterov = functools.partial(torch.optim.SGD, nesterov=True)
+    monkeypatch.setattr(ck.optim, "SGD", nesterov)
+    result = call("--resume", "run", "--epochs", 4, cwd=tmp_path)
+    assert "nesterov False, and not True" in one_line_error(result, 2)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("has_last", [True, False])
+def test_a_copy_in_the_folder_of_a_run_does_not_replace_its_files(finished, has_last):
     shutil.copy(finished / "last.pt", finished / "copy.pt")
+    if not has_last:
+        (finished / "last.pt").unlink()
     before = files(finished)
     one_line_error(call("--resume", finished / "copy.pt", "--epochs", 4, cwd=finished), 2)
     assert files(finished) == before
+
+
+def test_a_finished_run_keeps_where_it_was_trained(finished, tmp_path):
+    last = read(finished / "last.pt")
+    last["hardware"]["processor"] = "another one"
+    torch.save(last, finished / "last.pt")
+    out = finish("--resume", finished, cwd=tmp_path)
+    assert "bit for bit" not in out
+    assert read(finished / "summary.json")["processor"] == "another one"
 
 
 def test_seeds_continue_in_the_newest_folder_with_the_settings_of_the_command(flags, tmp_path):

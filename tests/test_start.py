@@ -412,6 +412,75 @@ def test_crops_of_24_in_the_default_network(ck, small, tmp_path, monkeypatch):
     assert "error, 10 views" in result.out
 
 
+def test_weights_are_refused_where_the_network_was_edited_and_the_shapes_still_fit(
+    ck, small, trained, monkeypatch
+):
+    uses = [
+        ["--resume", trained, "--epochs", 3],
+        ["--checkpoint", trained / "best.pt", "--evaluate"],
+        ["--checkpoint", trained / "best.pt", "--image-dir", small / "test"],
+    ]
+
+    class Averaging(ck.KrizhevskyNet):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.pool1 = torch.nn.AvgPool2d(3, stride=2)
+
+    class Reordered(ck.KrizhevskyNet):
+        def forward(self, x):
+            x = self.norm1(self.pool1(self.relu1(self.conv1(x))))
+            x = self.pool2(self.norm2(self.relu2(self.conv2(x))))
+            x = self.pool3(self.relu3(self.conv3(x))).flatten(1)
+            return self.fc3(self.relu5(self.fc2(self.relu4(self.fc1(x)))))
+
+    before = {path: path.read_bytes() for path in trained.iterdir()}
+    for network in (Averaging, Reordered):
+        monkeypatch.setitem(ck.MODELS, "krizhevsky", network)
+        for words in uses:
+            assert "edited" in one_line_error(call(*words, cwd=trained.parent))
+    assert {path: path.read_bytes() for path in trained.iterdir()} == before
+    monkeypatch.setitem(ck.MODELS, "krizhevsky", type("Renamed", (ck.KrizhevskyNet,), {}))
+    for words in reversed(uses):
+        result = call(*words, cwd=trained.parent)
+        assert result.code == 0, result.err
+
+
+def test_a_network_with_other_outputs_than_classes_is_refused(ck, small, tmp_path, monkeypatch):
+    class Hundred(ck.KrizhevskyNet):
+        def __init__(self, num_classes, **options):
+            super().__init__(100, **options)
+
+    monkeypatch.setitem(ck.MODELS, "krizhevsky", Hundred)
+    error = one_line_error(call(*quick_flags(small), "--output-dir", "run", cwd=tmp_path), code=2)
+    assert "(1, 100), not (1, 10)" in error and not (tmp_path / "run").exists()
+
+
+def test_the_number_of_classes_goes_in_by_its_name(ck, monkeypatch):
+    class Wide(ck.KrizhevskyNet):
+        def __init__(self, width=64, num_classes=10, **options):
+            super().__init__(num_classes, **options)
+            self.width = width
+
+    monkeypatch.setitem(ck.MODELS, "krizhevsky", Wide)
+    assert ck.build_model(ck.Config(), 3).width == 64
+
+
+def test_a_network_that_cannot_run_fails_before_anything_is_written(
+    ck, small, tmp_path, monkeypatch
+):
+    """PyTorch's own error, with the line of the network: `view` of images in channels_last."""
+
+    class Viewing(ck.KrizhevskyNet):
+        def forward(self, x):
+            x = self.pool3(self.conv3(self.pool2(self.conv2(self.pool1(self.conv1(x))))))
+            return self.fc3(self.fc2(self.fc1(x.view(len(x), -1))))
+
+    monkeypatch.setitem(ck.MODELS, "krizhevsky", Viewing)
+    with pytest.raises(RuntimeError, match="reshape"):
+        call(*quick_flags(small), "--output-dir", "run", cwd=tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("size", [22, 25, 64])
 def test_crops_that_the_images_do_not_have_are_refused(ck, small, tmp_path, monkeypatch, size):
     network = type("Sized", (ck.KrizhevskyNet,), {"input_size": size})

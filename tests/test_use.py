@@ -213,6 +213,10 @@ def test_evaluation_gives_the_errors_of_the_run_and_draws_its_plots_again(
     monkeypatch.setattr(ck, "save_plot", lambda path, *_: path.touch() is None)
     evaluate("run/best.pt", "--output-dir", "other/place", cwd=tmp_path)
     assert {path.name for path in (tmp_path / "other" / "place").iterdir()} == drawn | tables
+    monkeypatch.chdir(tmp_path)
+    of_runs = ck.Config(checkpoint="run/best.pt", compile="off", output_dir="edited")
+    assert ck.evaluate_checkpoint(of_runs, {}) == 0  # where a Config has runs go is not for this
+    assert not (tmp_path / "edited").exists()
 
 
 @pytest.mark.parametrize("spelling", ["{}", "~/data"])
