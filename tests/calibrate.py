@@ -1,9 +1,11 @@
 """Give published networks their temperature, and measure on the test set what it is worth.
 
-    python tests/calibrate.py results/*/best.pt results/*/seed?/best.pt
+    python tests/calibrate.py results/cifar10-best/best.pt  # ... or others of calibration.json
 
-Into each best.pt whose run held images out goes the temperature that a run finds today; its weights
-stay as they are. results/calibration.json gets the measurements, for the table in results/README.md.
+Into each best.pt whose run held images out goes the temperature that a run finds today, into that of
+results/NAME whose run held none out the one of results/NAME-held-out, which is the same recipe with a
+held-out tenth. Its weights stay as they are. results/calibration.json gets the measurements, for the
+table in results/README.md; those of other files stay.
 """
 
 import argparse
@@ -22,9 +24,10 @@ import cifar_krizhevsky as script  # noqa: E402
 read_dataset = functools.cache(script.read_dataset)
 
 
-def store_temperature(path: Path, temperature: float) -> None:
+def store_temperature(path: Path, temperature: float, model: torch.nn.Module) -> None:
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["temperature"] = temperature
+    checkpoint["probe"] = script.probe(model).tolist()
     script.save_checkpoint(path, checkpoint)
 
 
@@ -48,7 +51,7 @@ def measure(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> d
 
 
 def calibrate(path: Path, data_dir: Path) -> dict[str, object]:
-    classifier = script.Classifier(path, "cpu")
+    classifier = script.Classifier(path, "cpu", "fp32")
     script.speed_up_lrn(classifier.model, "auto", classifier.device, classifier.precision)
     config = classifier.trained["config"]
     data = read_dataset(config.dataset, data_dir)
@@ -65,12 +68,18 @@ def calibrate(path: Path, data_dir: Path) -> dict[str, object]:
         return script.predict_logits(model, loader, precision=precision, views=views)
 
     temperature = 1.0
+    folder = path.resolve().parent
+    with_held_out = folder.with_name(f"{folder.name}-held-out") / "summary.json"
     if config.val_size:
         mask = script.validation_split(data.labels, config.val_size)
         held_out = logits_of(data.images[mask], data.labels[mask])
         temperature = script.find_temperature(*held_out)
-        store_temperature(path, temperature)
         entry["held_out"] = measure(*held_out, temperature)
+    elif with_held_out.exists():
+        temperature = json.loads(with_held_out.read_text())["temperature"]
+        entry["temperature_of"] = with_held_out.parent.name
+    if temperature != classifier.temperature:
+        store_temperature(path, temperature, script.load_trained(path)[0])
     entry["temperature"] = temperature
     entry["test"] = measure(*logits_of(data.test_images, data.test_labels), temperature)
     return entry
@@ -84,11 +93,13 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     args = parser.parse_args()
     script.tune_glibc_malloc()
-    entries = []
+    published = RESULTS / "calibration.json"
     for path in args.checkpoints:
-        entries.append(calibrate(path, args.data_dir))
-        print(json.dumps(entries[-1]), flush=True)
-        (RESULTS / "calibration.json").write_text(json.dumps(entries, indent=1) + "\n")
+        entry = calibrate(path, args.data_dir)
+        print(json.dumps(entry), flush=True)
+        entries = {each["file"]: each for each in json.loads(published.read_text())}
+        entries[entry["file"]] = entry
+        published.write_text(json.dumps([*entries.values()], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -316,13 +316,18 @@ def calibration() -> Iterator[dict]:
             continue
         test = entry["test"]
         held_out = entry.get("held_out", {})
+        temperature = f"{entry['temperature']:.3f}"
+        if "temperature_of" in entry:
+            temperature += f" (of `{entry['temperature_of']}`)"
+        elif not held_out:
+            temperature = "1 (none held out)"
         yield {
             "folder": f"`{Path(entry['file']).parent}`",
             "held-out error": percent(held_out.get("error")),
             "with mirror": percent(held_out.get("error_with_mirror")),
             "test error": percent(test["error"]),
             "test, with mirror": percent(test["error_with_mirror"]),
-            "T": f"{entry['temperature']:.3f}" if held_out else "1 (none held out)",
+            "T": temperature,
             "ECE, one view": percent(test["calibration_error_one_view"]),
             "ECE, T = 1": percent(test["calibration_error_before"]),
             "ECE": percent(test["calibration_error_after"]),
