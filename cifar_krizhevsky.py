@@ -371,12 +371,6 @@ def probe(model: nn.Module) -> Tensor:
     return logits
 
 
-def build_trained(config: Config, num_classes: int, weights: dict[str, Tensor]) -> nn.Module:
-    model = build_model(config, num_classes)
-    model.load_state_dict(weights)
-    return model
-
-
 # ---- Data ----------------------------------------------------------------------------------------
 
 PLACES = 9  # a crop begins at one of 9 x 9 places: see CifarLoader
@@ -1744,7 +1738,8 @@ def rebuild(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     Raises UserError if its weights do not fit the network as it is now, or give other logits.
     """
     with checkpoint_errors(path):
-        model = build_trained(checkpoint["config"], len(checkpoint["classes"]), checkpoint["model"])
+        model = build_model(checkpoint["config"], len(checkpoint["classes"]))
+        model.load_state_dict(checkpoint["model"])
         if "probe" in checkpoint:  # old files have none
             before = torch.tensor(checkpoint["probe"])
             limit = 1e-4 * before.abs().max().item()  # another CPU differs by some 1e-6
@@ -1753,13 +1748,19 @@ def rebuild(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     return model
 
 
+def probe_of(run: dict[str, Any], weights: dict[str, Tensor]) -> list[list[float]]:
+    """What `probe` gives for the network of a run with these weights."""
+    model = build_model(Config(**run["config"]), len(run["classes"]))
+    model.load_state_dict(weights)
+    return probe(model).tolist()
+
+
 def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
     """Write last.pt, and what follows from it: best.pt, if its epoch is new, and metrics.csv.
 
     A run that begins, or goes on, also removes what a killed process or a shorter run has left.
     """
-    config = Config(**run["config"])
-    run["probe"] = probe(build_trained(config, len(run["classes"]), run["model"])).tolist()
+    run["probe"] = probe_of(run, run["model"])
     save_checkpoint(folder / "last.pt", run)
     is_due = run["best_epoch"] == run["epoch"]
     if begins:  # of a finished run it stays as it is, until `report` writes it again
@@ -1773,10 +1774,9 @@ def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
 
 def save_best(folder: Path, run: dict[str, Any], temperature: float = 1.0) -> None:
     """Write best.pt. Its temperature is 1 until `report` has found it, at the end of the run."""
-    network = build_trained(Config(**run["config"]), len(run["classes"]), run["best_model"])
     best = {
         "model": run["best_model"],
-        "probe": probe(network).tolist(),
+        "probe": probe_of(run, run["best_model"]),
         "config": run["config"],
         "classes": run["classes"],
         "mean": run["statistics"][0],
