@@ -55,7 +55,6 @@ import statistics
 import sys
 import textwrap
 import time
-import traceback
 import warnings
 import zipfile
 from collections import Counter
@@ -102,7 +101,7 @@ class Config:
     dataset: str            = flag("cifar10", "cifar10, cifar100, cifar10-mini, or a folder of pictures")
     data_dir: str           = flag("data", "where CIFAR is kept; the first run downloads it")
     val_size: int | None    = flag(None, "training images held out (default: a tenth); 0: none", ">= 0")
-    inputs: str             = flag("standardized", "0-255 and mean-image: only minus the mean", choices=["standardized", "0-255", "mean-image"])
+    inputs: str             = flag("standardized", "standardized by mean and std, or only minus the mean, or minus the mean image", choices=["standardized", "0-255", "mean-image"])
     augment: str            = flag("crop-flip", "how training images vary", choices=["crop-flip", "crop", "none"])
     # network
     model: str              = flag("krizhevsky", "which network; those of 2012 want the --recipe of their name")  # a name in MODELS
@@ -190,9 +189,17 @@ RECIPES = {  # test error on CIFAR-10, one view, in %
 
 # ---- Helpers that all parts use ------------------------------------------------------------------
 
+# What a run writes into its folder
+PLOTS = ("curves.png", "predictions.png", "confusion.png", "filters.png")
+TABLES = ("predictions.csv", "confusion.csv")  # of the test
+RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "summary.json", *TABLES, *PLOTS)
+
 
 class UserError(Exception):
-    """An error the user can fix; `main` prints it as one line."""
+    """An error the user can fix, printed as one line by `main`.
+
+    `exit_code` is 2 for a wrong flag or setting, which all of torchrun's processes have, else 1.
+    """
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -200,7 +207,10 @@ class UserError(Exception):
 
 
 def stop(*_: Any) -> None:
-    """Handle Ctrl-C and SIGTERM. torch.compile's guards may swallow the exception, not the flag."""
+    """Handle Ctrl-C and SIGTERM.
+
+    torch.compile may swallow the exception: `with_progress` looks at `requested` at every batch.
+    """
     stop.requested = True
     raise KeyboardInterrupt
 
@@ -215,8 +225,29 @@ def user_path(path: str | Path) -> Path:
 
 
 def derive_seed(*keys: int) -> int:
-    """A seed hashed from whole numbers, so that (1, 2) and (2, 1) have nothing in common."""
+    """A seed hashed from whole numbers, so that (1, 2) and (2, 1) have nothing in common.
+
+    They are the seed of a run, the epoch, and what for: 0 for weights (in epoch 0), 1 for order,
+    crops and flips, 2 and up for the dropout of each process.
+    """
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def reason(error: BaseException) -> str:
+    """The line of an error that says why, and not one that only announces it."""
+    first = ""
+    for line in str(error).splitlines():
+        line = line.strip()
+        if not line or line.endswith(":"):
+            continue
+        if "error: " in line:  # a compiler's, after its warnings
+            return line
+        first = first or line
+    return first or type(error).__name__
 
 
 class World(NamedTuple):
@@ -330,7 +361,8 @@ def takes_lrn(name: str) -> bool:
     network = MODELS[name]
     if "lrn" in getattr(network, "keywords", {}):  # a functools.partial has bound it
         return False
-    for one in getattr(network, "__mro__", [network]):  # a class and its bases, or a function
+    # its own __init__ or, through **options, that of a base class
+    for one in getattr(network, "__mro__", [network]):  # of a function, itself
         parameters = inspect.signature(one).parameters
         if "lrn" in parameters:
             return True
@@ -339,12 +371,23 @@ def takes_lrn(name: str) -> bool:
     return False
 
 
+def input_size(network: nn.Module) -> int:
+    """The side of the images that a network takes, which the loader crops.
+
+    Raises UserError if it leaves other than 9 x 9 places, or is larger than the images.
+    """
+    size = getattr(network, "input_size", 32)
+    if not 24 <= size <= 32 or size % 2:
+        raise UserError(f"the network's input_size must be even, 24 to 32, not {size}", 2)
+    return size
+
+
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """The network of this configuration, with the initial weights of its seed, on the CPU."""
     options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
     if takes_lrn(config.model):
         constants = (config.lrn_size, config.lrn_alpha, config.lrn_beta, config.lrn_k)
-        options["lrn"] = {"lrn": constants, "none": None}[config.norm]
+        options["lrn"] = constants if config.norm == "lrn" else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 0, 0))
         try:
@@ -360,7 +403,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
 
 
 def probe(model: nn.Module) -> Tensor:
-    """The logits (1, classes) of one fixed image, by which an edited network is noticed."""
+    """The logits (1, classes) of one fixed image: do they have that shape, are they as before?"""
     size = input_size(model)
     image = 30 * torch.arange(3 * size * size).sin().view(1, 3, size, size)
     is_training = model.training
@@ -382,7 +425,7 @@ FIVE_VIEWS = [CENTER, (0, 0, False), (0, 8, False), (8, 0, False), (8, 8, False)
 TEN_VIEWS = FIVE_VIEWS + [(y, x, True) for y, x, _ in FIVE_VIEWS]
 VIEWS = {"crop-flip": TEN_VIEWS, "crop": FIVE_VIEWS, "none": [CENTER]}  # of a test, by --augment
 MIRRORED = (4, 4, True)
-# of Classifier and --image; of what ten views gain, the mirror image costs least
+# of Classifier and --image; the mirror image alone brings most of what ten views gain
 USE_VIEWS = {"crop-flip": [CENTER, MIRRORED], "crop": [CENTER], "none": [CENTER]}
 
 CIFAR = {  # mean and std of the training pixels, for values in 0..1
@@ -428,12 +471,12 @@ class CifarLoader:
         self.seed = seed
         self.epoch = 1
         self.paths: list[str] | None = None  # of the images, if each has a file
-        # (N, 3, 9, 9, size, size): every crop of every image, a view that takes no memory
+        # (N, 3, 9, 9, size, size): every crop of every image, windows of `padded` without a copy
         layout = {"memory_format": memory_format(device)}
-        side = images.size(-1)
-        pad = (crop_size + PLACES - 1 - side) // 2
+        side = 32
+        pad = (crop_size + PLACES - 1 - side) // 2  # for 9 places: 4 for 32x32, 0 for 24x24
         padded = F.pad(images.to(device, **layout), (pad,) * 4)
-        self.images = padded[:, :, pad : pad + side, pad : pad + side]
+        self.images = padded[:, :, pad : pad + side, pad : pad + side]  # also without a copy
         self._crops = padded.unfold(2, crop_size, 1).unfold(3, crop_size, 1)
         # as large as an image: to broadcast them over a channels_last batch is six times slower
         shift = 255 * as_image(mean, crop_size)
@@ -453,8 +496,9 @@ class CifarLoader:
             return self.view(*CENTER)
         count = len(self.labels)
         rank, world_size = world()
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, 1))
+        epoch = self.epoch
         self.epoch += 1  # for the next iteration
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, 1))
         order = torch.randperm(count, generator=generator)
         corners = torch.randint(0, PLACES, (2, count), generator=generator)
         flips = torch.rand(count, generator=generator) < 0.5
@@ -462,13 +506,13 @@ class CifarLoader:
             corners[:] = torch.tensor(CENTER[:2])[:, None]
         if self.augment != "crop-flip":
             flips[:] = False
-        plan = torch.stack([order, *corners, flips])
+        plan = torch.stack([order, *corners, flips])  # (4, N) int64
         # torchrun: equal shares of each batch, the rest of the epoch is left out
         plan = plan[:, : count // world_size * world_size]
         return self._batches(plan, rank, world_size)
 
     def view(self, y: int, x: int, flipped: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in their order, each cropped at the place (y, x), 0 to 8."""
+        """All images in their order, each cropped at the place (y, x), 0 to 8; for each process."""
         count = len(self.labels)
         plan = torch.tensor([[0], [y], [x], [flipped]]).repeat(1, count)
         plan[0] = torch.arange(count)
@@ -478,7 +522,7 @@ class CifarLoader:
         """The batches of a plan (4, N): the image, y, x, and whether it is flipped."""
         for batch in plan.to(self.labels.device).split(self.batch_size, dim=1):
             index, y, x, flipped = batch.chunk(world_size, dim=1)[rank]
-            images = self._crops[index, :, y, x]
+            images = self._crops[index, :, y, x]  # (B, 3, size, size)
             images = torch.where(flipped.bool().view(-1, 1, 1, 1), images.flip(3), images)
             yield (images - self._shift).mul_(self._scale), self.labels[index]
 
@@ -495,7 +539,7 @@ class Dataset(NamedTuple):
     """Images (N, 3, 32, 32) uint8 and labels (N,) int64, and what goes with them.
 
     A folder of pictures may lack test images (None), and have validation images of its own. `white`
-    is what white is in its pictures of more than 8 bits: see `read_picture`. `files` is a digest of
+    is what white is in its pictures of more than 8 bits: see `read_picture`. `files_digest` is of
     the bytes and classes of its files, in their order.
     """
 
@@ -509,7 +553,7 @@ class Dataset(NamedTuple):
     val_images: Tensor | None = None
     val_labels: Tensor | None = None
     white: dict[str, float] = {}
-    files: str = ""
+    files_digest: str = ""
     test_paths: list[str] | None = None  # if each test image has a file
 
 
@@ -672,18 +716,29 @@ def train_one_epoch(
     if world().size > 1:
         distributed.all_reduce(totals)
         count *= world().size
-    loss, correct = totals.tolist()
-    if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
+    total_loss, total_correct = totals.tolist()
+    if not math.isfinite(total_loss) or not all(p.isfinite().all() for p in model.parameters()):
         lr = optimizer.param_groups[0]["lr"]
         raise UserError(f"the loss became infinite or NaN at learning rate {lr:g}: lower --lr")
-    return loss / count, 100 * correct / count
+    return total_loss / count, 100 * total_correct / count
+
+
+# `run`, the state of a run, is a dict, and last.pt is it. Its keys:
+#   from new_run     asked (the Config as it was asked for), epoch, history, best_epoch, best_model;
+#                    with --init-from also initial (weights to copy) and, if it fits, statistics
+#   from train       config, hardware, command, setup_seconds, classes, white, statistics (mean and
+#                    std), model, optimizer, scheduler
+#   from check_data  data and pixels, the identity of the images
+#   from save_last   probe
+# A run that has "model" at the start is a resumed one.
 
 
 def train(config: Config, named: Collection[str] = (), command: str = "") -> dict[str, Any]:
     """One run, from its first epoch or from last.pt to the test. Returns what summary.json holds.
 
-    `named` are the settings that flags name: with `resume`, those that must agree with last.pt.
-    `command` is what summary.json records of the command line.
+    `named` are the settings that this command insists on: with `resume` they must agree with
+    last.pt, or replace its values if they are RESUMABLE. `command` is what summary.json records of
+    the command line.
     Raises UserError for anything that the user can fix.
     """
     started = time.perf_counter()
@@ -691,7 +746,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     if config.seeds:
         raise UserError("--seeds is of the command line: train makes one run, of one seed", 2)
     check_recipe(config, named)
-    folder, config, run = open_run(config, named)  # run: what last.pt holds
+    folder, config, run = open_run(config, named)
     is_resumed = "model" in run
 
     # Device, data, network, optimizer
@@ -714,7 +769,9 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     train_loader, val_loader, _ = loaders
     tune_glibc_malloc()
     model = model.to(device, memory_format=memory_format(device))
-    model, train_model, hardware = accelerate(model, config, device, precision, train_loader)
+    model, train_model, compiled = accelerate(model, config, device, precision, train_loader)
+    has_graphs = isinstance(train_model, CudaGraphs)
+    hardware = describe_hardware(device, precision, compiled) | {"cuda_graphs": has_graphs}
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     groups = parameter_groups(model, config.lr, config.weight_decay)
     optimizer = optim.SGD(groups, momentum=config.momentum)
@@ -722,8 +779,8 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
     if is_resumed:
         restore(run, folder / "last.pt", model, optimizer, scheduler)
-    for group in optimizer.param_groups:
-        group["fused"] = device.type == "cuda" or None  # one kernel for all weights of a group
+    for group in optimizer.param_groups:  # after `restore`: last.pt may be of another device
+        group["fused"] = True if device.type == "cuda" else None  # one kernel for a group's weights
     check_data(run, data, loaders, config.dataset, folder)
 
     # All is checked: the folder is made, and what was chosen is stored, for a resumed run to keep
@@ -732,28 +789,27 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         config,
         milestones=milestones,
         precision=precision,
-        compile="auto" if hardware["compiled"] or hardware["cuda_graphs"] else "off",
+        compile="auto" if compiled or has_graphs else "off",
         val_size=len(val_loader.labels) if val_loader else 0,
         output_dir=str(folder),
         resume=None,
     )
     print_run(config, loaders, model, scheduler, hardware)
-    if run["epoch"] < config.epochs:
-        if is_resumed:
-            print_resumed(run, hardware)
+    is_finished = run["epoch"] == config.epochs
+    if is_resumed and not is_finished:
+        print_resumed(run, hardware)
+    if not is_finished:  # else it is only tested again, and keeps how it was trained
         run["hardware"] = hardware
         run["command"] = command
         run["setup_seconds"] = time.perf_counter() - started
     run.update(
-        config=asdict(config),
+        config=config,
         classes=train_loader.classes,
         white=data.white,
         statistics=(train_loader.mean, train_loader.std),
-        model=cpu_state_dict(model),
-        optimizer=optimizer.state_dict(),
-        scheduler=scheduler.state_dict(),
     )
-    save_run(folder, run, begins=True)  # a full disk is noticed now, not after an epoch
+    store(run, model, optimizer, scheduler)
+    save_start(folder, run)
     stop.folder = folder
     writer = None
     if config.tensorboard and world().rank == 0:
@@ -794,13 +850,11 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         }
         run["epoch"] = epoch
         run["history"].append(row)
-        run["model"] = cpu_state_dict(model)
-        run["optimizer"] = optimizer.state_dict()
-        run["scheduler"] = scheduler.state_dict()
+        store(run, model, optimizer, scheduler)
         run["best_epoch"] = find_best(run["history"], config.select)
         if run["best_epoch"] == epoch:
             run["best_model"] = run["model"]
-        save_run(folder, run)
+        save_epoch(folder, run)
         if epoch == first:
             print_header(row)
         print_epoch(run)
@@ -809,17 +863,24 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     return report(config, run, loaders, model)
 
 
+def store(run: dict[str, Any], model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+    """Put the state of what trains into that of the run."""
+    run["model"] = cpu_state_dict(model)
+    run["optimizer"] = optimizer.state_dict()
+    run["scheduler"] = scheduler.state_dict()
+
+
 def overridden(config: Config) -> set[str]:
     """The settings of the configuration's recipe that it has otherwise."""
     if config.recipe is None:
         return set()
-    recipe = check_settings(Config(**RECIPES[config.recipe]))
-    names = RECIPES[config.recipe]
-    return {name for name in names if getattr(config, name) != getattr(recipe, name)}
+    recipe = RECIPES[config.recipe]
+    usual = check_settings(Config(**recipe))
+    return {name for name in recipe if getattr(config, name) != getattr(usual, name)}
 
 
 def check_recipe(config: Config, named: Collection[str]) -> None:
-    """Raise UserError for a recipe's name without its settings, which only the flag sets."""
+    """Raise UserError for Config(recipe=...), the name alone: only --recipe sets its values."""
     if overridden(config) - set(named):
         way = f'Config(**RECIPES["{config.recipe}"])'
         raise UserError(f"recipe={config.recipe!r} is only a name: use {way}, with your changes")
@@ -978,7 +1039,7 @@ def print_epoch(run: dict[str, Any]) -> None:
     """Print the line of the last epoch, with `*` if it is the best so far by validation."""
     row = run["history"][-1]
     epoch = row["epoch"]
-    epochs = run["config"]["epochs"]
+    epochs = run["config"].epochs
     left = timedelta(seconds=round((epochs - epoch) * row["seconds"]))
     groups = [
         [f"{epoch}/{epochs}", f"{row['learning_rate']:.3g}"],
@@ -1052,15 +1113,18 @@ def evaluate_model(
     return score(average_views(logits), labels, criterion)
 
 
-def score(output: Tensor, labels: Tensor, criterion: nn.Module | None = None) -> Evaluation:
+def score(
+    log_probabilities: Tensor, labels: Tensor, criterion: nn.Module | None = None
+) -> Evaluation:
     """The evaluation of log-probabilities (N, classes)."""
-    loss = (criterion or F.cross_entropy)(output, labels).item()
+    # which are logits too: their softmax is the probabilities again
+    loss = (criterion or F.cross_entropy)(log_probabilities, labels).item()
     # stable: ties go to the lower class index
-    ranked = output.sort(dim=1, descending=True, stable=True).indices[:, :5]
+    ranked = log_probabilities.sort(dim=1, descending=True, stable=True).indices[:, :5]
     is_label = (ranked == labels[:, None]).cpu()  # MPS has no double
     hits = 100 * is_label.double().sum(0).cumsum(0) / len(labels)
     top1, top3, top5 = (hits[min(k, len(hits)) - 1].item() for k in (1, 3, 5))
-    return Evaluation(loss, top1, top3, top5, output.cpu(), labels.cpu())
+    return Evaluation(loss, top1, top3, top5, log_probabilities.cpu(), labels.cpu())
 
 
 def find_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -1146,16 +1210,16 @@ def compute_test_metrics(
     """
     views = VIEWS[augment]
     logits, labels = predict_logits(model, loader, precision=precision, views=views)
-    places = [views.index(view) for view in USE_VIEWS[augment]]
-    logits_of_use = logits[places]
+    rows_of_use = [views.index(view) for view in USE_VIEWS[augment]]
+    logits_of_use = logits[rows_of_use]
     logits_of_center = logits[[views.index(CENTER)]]
-    single = score(average_views(logits_of_center), labels)
+    one_view = score(average_views(logits_of_center), labels)
     multi = score(average_views(logits), labels)
     in_use = score(average_views(logits_of_use, temperature), labels)
     uncalibrated = average_views(logits_of_use)
     count = len(labels)
     classes = loader.classes
-    matrix = confusion_matrix(single)
+    matrix = confusion_matrix(one_view)
     accuracies = dict(zip(classes, matrix.diag().tolist()))
     confused = {}
     for i, j in most_confused(matrix):
@@ -1163,27 +1227,27 @@ def compute_test_metrics(
     metrics = {
         "test_images": count,
         "test_views": len(views),
-        "test_error": 100 - single.top1,
-        "test_error_interval": wilson_interval(100 - single.top1, count),
+        "test_error": 100 - one_view.top1,
+        "test_error_interval": wilson_interval(100 - one_view.top1, count),
         "test_error_multi_view": 100 - multi.top1,
         "test_error_multi_view_interval": wilson_interval(100 - multi.top1, count),
-        "test_loss": single.loss,
+        "test_loss": one_view.loss,
         "test_loss_multi_view": multi.loss,
         "test_class_accuracy": accuracies,
         "test_most_confused": confused,
         "test_calibration_error": calibration_error(in_use.log_probabilities, in_use.labels),
         "test_calibration_error_uncalibrated": calibration_error(uncalibrated, labels),
     }
-    for k, accuracy in ((3, single.top3), (5, single.top5)):
+    for k, accuracy in ((3, one_view.top3), (5, one_view.top5)):
         if k < len(classes):
             metrics[f"test_top{k}_error"] = 100 - accuracy
     if len(logits_of_use) > 1:
         metrics["test_error_with_mirror"] = 100 - in_use.top1
-    sizes = confusion_counts(single).sum(1)
+    sizes = confusion_counts(one_view).sum(1)
     metrics["test_class_images"] = dict(zip(classes, sizes.tolist()))
     if len(set(sizes.tolist())) > 1:
         metrics["test_balanced_accuracy"] = matrix.diag()[sizes > 0].mean().item()
-    return metrics, single, in_use
+    return metrics, one_view, in_use
 
 
 TEST_LINES = {  # what is printed of a test, and its key in summary.json
@@ -1238,7 +1302,7 @@ def calibrate(model: nn.Module, val_loader: CifarLoader | None, config: Config) 
     temperature = 1.0
     if val_loader and len(val_loader.labels) >= ENOUGH_TO_CALIBRATE:
         views = USE_VIEWS[config.augment]
-        logits, labels = predict_logits(model, val_loader, None, config.precision, views)
+        logits, labels = predict_logits(model, val_loader, precision=config.precision, views=views)
         temperature = find_temperature(logits, labels)
     if temperature == 1:
         takes = f"{ENOUGH_TO_CALIBRATE} held-out images, and mistakes among them"
@@ -1296,28 +1360,29 @@ def report(
     save_best(folder, run, temperature)
     if config.no_test:
         shown = val_loader or train_loader
-        what = "validation images" if val_loader else "training images"
-        evaluation = evaluate_model(model, shown, precision=config.precision, views=[CENTER])
+        caption = "validation images" if val_loader else "training images"
         views = USE_VIEWS[config.augment]
-        logits, labels = predict_logits(model, shown, None, config.precision, views)
+        logits, labels = predict_logits(model, shown, precision=config.precision, views=views)
+        logits_of_center = logits[[views.index(CENTER)]]
+        one_view = score(average_views(logits_of_center), labels)
         in_use = score(average_views(logits, temperature), labels)
     else:
         shown = test_loader
-        metrics, evaluation, in_use = compute_test_metrics(
+        metrics, one_view, in_use = compute_test_metrics(
             model, test_loader, config.precision, config.augment, temperature
         )
         summary.update(metrics)
-        what = "test accuracy {:.2f} %"
+        caption = "test accuracy {:.2f} %"
         which = "best" if val_loader else "last"
         print_test(f"the {which} epoch ({best_epoch}), {config.dataset}", summary)
         low, high = metrics["test_error_interval"]
         error = f"{metrics['test_error']:.2f} % ({low:.2f} to {high:.2f})"
         print(f"the number to report: test error {error}, one view")
-        save_tables(folder, test_loader, evaluation, in_use)
+        save_tables(folder, test_loader, one_view, in_use)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
-    title = f"{run_title(config)}: {what.format(evaluation.top1)}"
+    title = f"{run_title(config)}: {caption.format(one_view.top1)}"
     save_plot(folder / "curves.png", title, plot_results, run["history"], best_epoch)
-    save_plots(folder, config, what, shown, evaluation, in_use, model)
+    save_plots(folder, config, caption, shown, one_view, in_use, model)
     written = [name for name in RUN_FILES if (folder / name).exists()]
     print(f"wrote {folder}: {', '.join(written)}")
     command = command_of({"checkpoint": (folder / "best.pt").as_posix()})
@@ -1326,7 +1391,7 @@ def report(
 
 
 def save_tables(
-    folder: Path, loader: CifarLoader, evaluation: Evaluation, in_use: Evaluation
+    folder: Path, loader: CifarLoader, one_view: Evaluation, in_use: Evaluation
 ) -> list[str]:
     """Write the tables of a test; returns the names of those that were written.
 
@@ -1341,7 +1406,7 @@ def save_tables(
         row["predicted_class"] = classes[predicted[i]]
         row["probability"] = f"{probabilities[i]:.6f}"
         predictions.append(row)
-    counts = confusion_counts(evaluation)
+    counts = confusion_counts(one_view)
     confusion = (  # row by row: of thousands of classes all would be gigabytes
         {"true \\ predicted": name, **dict(zip(classes, row.tolist()))}
         for name, row in zip(classes, counts)
@@ -1354,75 +1419,29 @@ def save_tables(
 
 
 def save_plots(
-    folder: Path, config: Config, what: str, loader: CifarLoader, evaluation: Evaluation,
+    folder: Path, config: Config, caption: str, loader: CifarLoader, one_view: Evaluation,
     in_use: Evaluation, model: nn.Module,
 ) -> list[str]:  # fmt: skip
     """Draw the plots of an evaluation; returns the names of those that were written.
 
-    `what` is what the images are, with a place for the accuracy.
+    `caption` says what the images are; `{}` in it becomes the accuracy.
     """
     mirrored = " with the mirror image" if len(USE_VIEWS[config.augment]) > 1 else ""
     start = run_title(config)
-    title = f"{start}: {what.format(evaluation.top1)}"
-    title_in_use = f"{start}: {what.format(in_use.top1)}{mirrored}"
+    title = f"{start}: {caption.format(one_view.top1)}"
+    title_in_use = f"{start}: {caption.format(in_use.top1)}{mirrored}"
     predictions = folder / "predictions.png"
     confusion = folder / "confusion.png"
     filters = folder / "filters.png"
     written = {
         predictions: save_plot(predictions, title_in_use, plot_predictions, loader, in_use),
-        confusion: save_plot(confusion, title, plot_confusion_matrix, loader, evaluation),
+        confusion: save_plot(confusion, title, plot_confusion_matrix, loader, one_view),
         filters: save_plot(filters, title, plot_filters, model),
     }
     return [path.name for path, is_written in written.items() if is_written]
 
 
-def train_seeds(config: Config, passed: dict[str, Any]) -> None:
-    """Train seeds 0 to N-1, each in its own folder; print and store mean and std.
-
-    With `resume`, a seed that was started continues, and a finished one is only tested again.
-    """
-    folder = run_folder(replace(config, seed=0), named_settings(passed))
-    if config.resume is None:
-        for name in ["seeds.json", *(f"seed{seed}" for seed in range(config.seeds))]:
-            if (folder / name).exists():
-                raise UserError(f"{folder} holds {name}: --resume continues its runs", 2)
-    # the seeds must agree in all of their settings
-    named = {option.name for option in fields(Config)} - RESUMABLE
-    if config.init_from:
-        named -= set(NETWORK)  # the trained network names them
-    named |= passed.keys()
-    summaries = []
-    for seed in range(config.seeds):
-        print(f"\nseed {seed} of 0 to {config.seeds - 1}")
-        own: dict[str, Any] = {"seed": seed, "seeds": None, "output_dir": f"{folder}/seed{seed}"}
-        own["resume"] = "" if Path(own["output_dir"], "last.pt").exists() else None
-        command = command_of({**passed, **own})
-        summaries.append(train(replace(config, **own), named, command))
-    kinds = set()
-    for summary in summaries:
-        kinds.add((summary["data_digest"], summary["epochs"], *summary["milestones"]))
-    if len(kinds) > 1:
-        raise UserError("the seeds differ in data, --val-size or schedule: no mean of them")
-    print(f"\n{config.seeds} seeds of {config.dataset}, mean ± standard deviation")
-    results: dict[str, Any] = {"n": config.seeds}
-    for key in ("best_val_accuracy", "test_error", "test_error_multi_view"):
-        values = [summary[key] for summary in summaries if summary.get(key) is not None]
-        if not values:
-            continue
-        mean = statistics.mean(values)
-        std = statistics.stdev(values) if len(values) > 1 else None
-        results[key] = {"mean": mean, "std": std, "values": values}
-        spread = "" if std is None else f" ± {std:.2f}"
-        print(f"  {key.replace('_', ' '):<24} {mean:6.2f}{spread} %   (n = {len(values)})")
-    write_atomically(folder / "seeds.json", json.dumps(results, indent=2).encode())
-    print(f"wrote {folder / 'seeds.json'}")
-
-
 # ---- The files of a run: last.pt is its whole state, best.pt the network of its best epoch -------
-
-PLOTS = ("curves.png", "predictions.png", "confusion.png", "filters.png")
-TABLES = ("predictions.csv", "confusion.csv")  # of the test
-RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "summary.json", *TABLES, *PLOTS)
 
 # What --resume may change, if it is passed; everything else comes from last.pt. --no-test is as this
 # command has it, so that a run which was tuned without a test is tested by leaving it out.
@@ -1444,14 +1463,8 @@ RESUMABLE = {
 NETWORK = ("model", "norm", "lrn_size", "lrn_alpha", "lrn_beta", "lrn_k", "dropout", "inputs")
 
 
-def run_folder(config: Config, named: Collection[str] = ()) -> Path:
-    """--output-dir, or runs/DATASET-MODEL-seedK, ...-2, ...-3: the next, or the one to resume.
-
-    A new run takes the highest number yet plus one, so that the newest has the highest. Resumed is
-    the newest; if flags name settings, the newest with all the settings of this command, if any.
-    """
-    if config.output_dir:
-        return user_path(config.output_dir)
+def earlier_runs(config: Config) -> tuple[str, dict[int, Path]]:
+    """The name of a run's folder in runs/, and those there are: number 1 is NAME, 2 is NAME-2."""
     dataset = user_path(config.dataset).resolve().name
     seed = "seeds" if config.seeds else f"seed{config.seed}"
     name = f"{dataset}-{config.model}-{seed}"
@@ -1460,21 +1473,37 @@ def run_folder(config: Config, named: Collection[str] = ()) -> Path:
     for path in Path("runs").glob("*"):
         if match := pattern.fullmatch(path.name):
             runs[int(match[1] or 1)] = path
-    newest = max(runs, default=0)
-    if config.resume is None:
-        newest += 1
-        return Path("runs", name if newest < 2 else f"{name}-{newest}")
-    in_name = {"model", "seed"}
-    names_settings = set(named) - RESUMABLE - in_name
+    return name, runs
+
+
+def next_folder(config: Config) -> Path:
+    """The folder of a new run: the highest number yet plus one, so that the newest has the highest."""
+    name, runs = earlier_runs(config)
+    number = max(runs, default=0) + 1
+    return Path("runs", name if number == 1 else f"{name}-{number}")
+
+
+def folder_to_resume(config: Config, named: Collection[str]) -> Path:
+    """The newest run; if settings are named, the newest with all settings of this command, if any."""
+    name, runs = earlier_runs(config)
     last = "seed0/last.pt" if config.seeds else "last.pt"
-    begun = []
-    for number in sorted(runs, reverse=True):
-        if (runs[number] / last).exists():
-            begun.append(runs[number])
-    for folder in begun:
-        if names_settings and has_settings(folder / last, config):
-            return folder
-    return begun[0] if begun else runs.get(newest, Path("runs", name))
+    newest_first = [runs[number] for number in sorted(runs, reverse=True)]
+    begun = [folder for folder in newest_first if (folder / last).exists()]
+    if set(named) - RESUMABLE - {"model", "seed"}:  # those two are in the name of the folder
+        for folder in begun:
+            if has_settings(folder / last, config):
+                return folder
+    candidates = [*begun, *newest_first, Path("runs", name)]
+    return candidates[0]
+
+
+def run_folder(config: Config, named: Collection[str] = ()) -> Path:
+    """--output-dir, or runs/DATASET-MODEL-seedK, ...-2, ...-3: the next, or the one to resume."""
+    if config.output_dir:
+        return user_path(config.output_dir)
+    if config.resume is None:
+        return next_folder(config)
+    return folder_to_resume(config, named)
 
 
 def has_settings(last: Path, config: Config) -> bool:
@@ -1492,7 +1521,7 @@ def different_settings(config: Config, run: dict[str, Any]) -> dict[str, str]:
     Equal is what was asked for too, before it was resolved: None, "auto", fractions.
     """
     differ = {}
-    for name, value in asdict(run["config"]).items():
+    for name, value in vars(run["config"]).items():
         asked = run["asked"].get(name, value)
         if getattr(config, name) not in (value, asked):
             shown = asked if value is None else value
@@ -1502,29 +1531,37 @@ def different_settings(config: Config, run: dict[str, Any]) -> dict[str, str]:
     return differ
 
 
+def continue_run(
+    config: Config, named: Collection[str], last: Path
+) -> tuple[Path, Config, dict[str, Any]]:
+    """The folder, configuration and state of the run of this last.pt."""
+    run = load_checkpoint(last, "--resume")
+    return last.parent, merge(config, named, run, last), run
+
+
 def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Config, dict[str, Any]]:
     """A run's folder, configuration and state: of last.pt, or those of a new run.
 
-    A new run without --output-dir or --resume has no folder yet (None); others replace no file.
+    --resume FILE continues that run; --resume alone the one of `run_folder`, or begins it there. A
+    new run without --resume and --output-dir has no folder yet (None); others replace no file.
     """
     if config.resume:
-        last = find_last(config.resume)
-        run = load_checkpoint(last, "--resume")
-        return last.parent, merge(config, named, run, last), run
+        return continue_run(config, named, find_last(config.resume))
+    may_resume = config.resume is not None
+    sought = config
     new = None
-    if not config.output_dir:
+    if not config.output_dir:  # the folder is named after the network, perhaps that of `init_from`
         new = new_run(config, named)
-        if config.resume is None:
+        if not may_resume:
             return None, *new
-        begun, _ = new  # has the network of `init_from`, after which the folder is named
-        config = replace(begun, recipe=config.recipe)  # as asked for, to compare with last.pt
-    folder = run_folder(config, named)
+        new_config, _ = new
+        sought = replace(new_config, recipe=config.recipe)  # as asked for, to compare with last.pt
+    folder = run_folder(sought, named)
     last = folder / "last.pt"
-    if config.resume is not None and last.exists():
-        run = load_checkpoint(last, "--resume")
-        return folder, merge(config, named, run, last), run
+    if may_resume and last.exists():
+        return continue_run(sought, named, last)
     refuse_files(folder)
-    if config.resume is not None:
+    if may_resume:
         print(f"note: nothing to resume in {folder}, starting at the first epoch")
     return folder, *(new or new_run(config, named))
 
@@ -1554,10 +1591,7 @@ def refuse_files(folder: Path) -> None:
 def new_run(config: Config, named: Collection[str]) -> tuple[Config, dict[str, Any]]:
     """The configuration and the state of a run before its first epoch.
 
-    The state has these keys, and what `train` adds once all is checked: config, hardware, command,
-    classes, statistics (mean and std), white, data and pixels (the identity of the images), model,
-    optimizer, scheduler, setup_seconds. With `init_from` the configuration is that of the trained
-    network, but for what is named; the state has its weights, and its statistics if they fit.
+    With `init_from` the configuration has the network of that file, but for what is named.
     """
     run = {
         "asked": asdict(config),
@@ -1567,14 +1601,18 @@ def new_run(config: Config, named: Collection[str]) -> tuple[Config, dict[str, A
         "best_model": None,
     }
     if config.init_from:
-        config = take_network(config, named, run)
+        config, of_network = take_network(config, named)
+        run.update(of_network)
     if overridden(config):
         config = replace(config, recipe=None)  # it is another one now
     return config, run
 
 
-def take_network(config: Config, named: Collection[str], run: dict[str, Any]) -> Config:
-    """The configuration with the network of `init_from`, whose weights the run is given."""
+def take_network(config: Config, named: Collection[str]) -> tuple[Config, dict[str, Any]]:
+    """The configuration with the network of `init_from`, and what the run gets from that file.
+
+    That is `initial`, its weights and classes, and `statistics` if the inputs are of the same kind.
+    """
     trained = load_checkpoint(user_path(config.init_from), "--init-from")
     settings = {}
     taken = []
@@ -1590,25 +1628,24 @@ def take_network(config: Config, named: Collection[str], run: dict[str, Any]) ->
     if taken:
         print(f"note: {', '.join(taken)} is taken over from {config.init_from}")
     config = replace(config, **settings)
-    run["initial"] = {"model": trained["model"], "classes": trained["classes"]}
-    own = build_model(config, len(trained["classes"]))
-    other = build_model(trained["config"], len(trained["classes"]))
-    same_inputs = trained["config"].inputs == config.inputs
-    if same_inputs and input_size(own) == input_size(other):
-        run["statistics"] = (trained["mean"], trained["std"])
-    return config
+    of_network = {"initial": {"model": trained["model"], "classes": trained["classes"]}}
+    size = input_size(build_model(config, len(trained["classes"])))
+    size_before = input_size(build_model(trained["config"], len(trained["classes"])))
+    if trained["config"].inputs == config.inputs and size == size_before:
+        of_network["statistics"] = (trained["mean"], trained["std"])
+    return config, of_network
 
 
 def make_folder(folder: Path | None, config: Config, is_new: bool) -> Path:
     """Make the folder of a run; a new one is the next that is free now."""
     if world().rank > 0:
-        return folder or run_folder(config)
+        return folder or next_folder(config)
     if folder:
         if is_new:
             refuse_files(folder)  # another run may have begun there since
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        folder = run_folder(config)
+        folder = next_folder(config)
         folder.mkdir(parents=True)
         if not folder.name.endswith(f"-seed{config.seed}"):
             print(f"note: there are earlier runs, so this one goes to {folder}")
@@ -1629,18 +1666,19 @@ def named_settings(passed: dict[str, Any]) -> set[str]:
 def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Path) -> Config:
     """The configuration to continue with: that of last.pt, with the named settings of RESUMABLE.
 
-    `no_test` is always this command's. What differs in Config and is not named gets a note, if it
-    has a say in the result. Raises UserError for other named settings that contradict last.pt, and
+    `no_test` is always this command's. What differs in Config without being named gets a note, if
+    it has a say in the result. Raises UserError for other named settings that contradict last.pt, and
     for fewer epochs than are done.
     """
     old = run["config"]
     wrong = []
     kept = []
     for name, as_saved in different_settings(config, run).items():
+        has_a_say = name == "epochs" or name not in RESUMABLE  # in the result
+        if name not in named and has_a_say:
+            kept.append(as_saved)
         if name in named and name not in RESUMABLE:
             wrong.append(as_saved)
-        elif name not in named and (name == "epochs" or name not in RESUMABLE):
-            kept.append(as_saved)
     if wrong:
         raise UserError(f"the flags contradict {path}, which has {', '.join(wrong)}", 2)
     if kept:
@@ -1651,7 +1689,7 @@ def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Pat
     if merged.epochs < run["epoch"]:
         raise UserError(f"--epochs {merged.epochs}: {path} has {run['epoch']} epochs already", 2)
     if merged.epochs != old.epochs:
-        merged.recipe = None
+        merged.recipe = None  # it is another one now
         planned = run["asked"].get("epochs", old.epochs)
         print(
             f"note: {merged.epochs} epochs, with the learning-rate schedule of {planned}; "
@@ -1695,9 +1733,10 @@ def check_data(
 
     Raises UserError if they are others than before. Files that decode to other pixels are a note.
     """
-    pixels = data_digest(*loaders)
-    identity = data.files or pixels
-    if run.setdefault("data", identity) != identity:
+    pixels = digest_of_pixels(*loaders)
+    identity = data.files_digest or pixels
+    run.setdefault("data", identity)  # of a new run
+    if run["data"] != identity:
         raise UserError(f"{name} holds other images or labels than when {folder} was begun")
     if run.get("pixels", pixels) != pixels:
         print("note: the same files give other pixels than before the stop, by another decoder")
@@ -1721,8 +1760,9 @@ def restore(
     run: dict[str, Any], path: Path, model: nn.Module, optimizer: optim.Optimizer, scheduler: Any
 ) -> None:
     """Put the state of a run, which is that of last.pt at `path`, into what trains."""
-    model.load_state_dict(rebuild(run, path).state_dict())
+    rebuild(run, path)  # raises UserError if the network was edited since
     with checkpoint_errors(path):
+        model.load_state_dict(run["model"])
         groups = optimizer.state_dict()["param_groups"]
         for group, group_before in zip(groups, run["optimizer"]["param_groups"]):
             check_unchanged(f"the optimizer of {path}", optimizer, group, group_before)
@@ -1749,27 +1789,40 @@ def rebuild(checkpoint: dict[str, Any], path: Path) -> nn.Module:
 
 
 def probe_of(run: dict[str, Any], weights: dict[str, Tensor]) -> list[list[float]]:
-    """What `probe` gives for the network of a run with these weights."""
-    model = build_model(Config(**run["config"]), len(run["classes"]))
+    """What `probe` gives for a run's network with these weights, made as `rebuild` will make it.
+
+    That is on the CPU and with plain LRN; the model that trains would give other last bits.
+    """
+    model = build_model(run["config"], len(run["classes"]))
     model.load_state_dict(weights)
     return probe(model).tolist()
 
 
-def save_run(folder: Path, run: dict[str, Any], begins: bool = False) -> None:
-    """Write last.pt, and what follows from it: best.pt, if its epoch is new, and metrics.csv.
+def save_start(folder: Path, run: dict[str, Any]) -> None:
+    """Write the files of a run that begins or goes on; remove what is not of it.
 
-    A run that begins, or goes on, also removes what a killed process or a shorter run has left.
+    A full disk is noticed now, not after an epoch.
     """
-    run["probe"] = probe_of(run, run["model"])
-    save_checkpoint(folder / "last.pt", run)
-    is_due = run["best_epoch"] == run["epoch"]
-    if begins:  # of a finished run it stays as it is, until `report` writes it again
-        is_due = run["epoch"] < run["config"]["epochs"]
-    if run["best_model"] and is_due:
+    is_finished = run["epoch"] == run["config"].epochs
+    save_last(folder, run)
+    if run["best_model"] and not is_finished:  # else `report` writes it, with its temperature
         save_best(folder, run)
-    save_table(folder / "metrics.csv", run["history"])  # the next epoch writes it again
-    if begins and world().rank == 0:
-        remove_stale_files(folder, run)
+    save_table(folder / "metrics.csv", run["history"])
+    if world().rank == 0:
+        remove_leftovers(folder, is_finished)
+
+
+def save_epoch(folder: Path, run: dict[str, Any]) -> None:
+    """Write last.pt, best.pt if this epoch is the best, and metrics.csv."""
+    save_last(folder, run)
+    if run["best_epoch"] == run["epoch"]:
+        save_best(folder, run)
+    save_table(folder / "metrics.csv", run["history"])
+
+
+def save_last(folder: Path, run: dict[str, Any]) -> None:
+    run["probe"] = probe_of(run, run["model"])
+    save_checkpoint(folder / "last.pt", {**run, "config": asdict(run["config"])})
 
 
 def save_best(folder: Path, run: dict[str, Any], temperature: float = 1.0) -> None:
@@ -1777,7 +1830,7 @@ def save_best(folder: Path, run: dict[str, Any], temperature: float = 1.0) -> No
     best = {
         "model": run["best_model"],
         "probe": probe_of(run, run["best_model"]),
-        "config": run["config"],
+        "config": asdict(run["config"]),
         "classes": run["classes"],
         "mean": run["statistics"][0],
         "std": run["statistics"][1],
@@ -1789,17 +1842,17 @@ def save_best(folder: Path, run: dict[str, Any], temperature: float = 1.0) -> No
     save_checkpoint(folder / "best.pt", best)
 
 
-def remove_stale_files(folder: Path, run: dict[str, Any]) -> None:
-    """Remove what a killed process left, and the results of a shorter run."""
+def remove_leftovers(folder: Path, is_finished: bool) -> None:
+    """Remove what a killed process left and, if the run is not finished, results of a shorter one."""
     for name in RUN_FILES:
         for path in folder.glob(f".{name}.*.tmp"):  # of write_atomically
             path.unlink(missing_ok=True)
-    if run["epoch"] < run["config"]["epochs"]:
+    if not is_finished:
         for name in ("summary.json", *TABLES, *PLOTS):
             (folder / name).unlink(missing_ok=True)
 
 
-def data_digest(*loaders: CifarLoader | None) -> str:
+def digest_of_pixels(*loaders: CifarLoader | None) -> str:
     """The identity of a data set: a hash of its pixels and labels, in their order."""
     digest = hashlib.sha256()
     for loader in filter(None, loaders):
@@ -1910,6 +1963,52 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: v.to("cpu", copy=True).contiguous() for name, v in model.state_dict().items()}
 
 
+# ---- Several seeds -------------------------------------------------------------------------------
+
+
+def train_seeds(config: Config, passed: dict[str, Any]) -> None:
+    """Train seeds 0 to N-1, each in its own folder; print and store mean and std.
+
+    With `resume`, a seed that was started continues, and a finished one is only tested again.
+    """
+    first = replace(config, seed=0)  # whose last.pt tells which folder to resume
+    folder = run_folder(first, named_settings(passed))
+    if config.resume is None:
+        for name in ["seeds.json", *(f"seed{seed}" for seed in range(config.seeds))]:
+            if (folder / name).exists():
+                raise UserError(f"{folder} holds {name}: --resume continues its runs", 2)
+    # the seeds must agree in all of their settings
+    named = {option.name for option in fields(Config)} - RESUMABLE
+    if config.init_from:
+        named -= set(NETWORK)  # the trained network names them
+    named |= passed.keys()
+    summaries = []
+    for seed in range(config.seeds):
+        print(f"\nseed {seed} of 0 to {config.seeds - 1}")
+        own: dict[str, Any] = {"seed": seed, "seeds": None, "output_dir": f"{folder}/seed{seed}"}
+        own["resume"] = "" if Path(own["output_dir"], "last.pt").exists() else None
+        command = command_of({**passed, **own})
+        summaries.append(train(replace(config, **own), named, command))
+    kinds = set()
+    for summary in summaries:
+        kinds.add((summary["data_digest"], summary["epochs"], *summary["milestones"]))
+    if len(kinds) > 1:
+        raise UserError("the seeds differ in data, --val-size or schedule: no mean of them")
+    print(f"\n{config.seeds} seeds of {config.dataset}, mean ± standard deviation")
+    results: dict[str, Any] = {"n": config.seeds}
+    for key in ("best_val_accuracy", "test_error", "test_error_multi_view"):
+        values = [summary[key] for summary in summaries if summary.get(key) is not None]
+        if not values:
+            continue
+        mean = statistics.mean(values)
+        std = statistics.stdev(values) if len(values) > 1 else None
+        results[key] = {"mean": mean, "std": std, "values": values}
+        spread = "" if std is None else f" ± {std:.2f}"
+        print(f"  {key.replace('_', ' '):<24} {mean:6.2f}{spread} %   (n = {len(values)})")
+    write_atomically(folder / "seeds.json", json.dumps(results, indent=2).encode())
+    print(f"wrote {folder / 'seeds.json'}")
+
+
 # ==== Reference: how the parts above are done, to look up =========================================
 
 # ---- Using a trained network ---------------------------------------------------------------------
@@ -1949,7 +2048,8 @@ class Classifier:
         self.model, self.trained = load_trained(checkpoint, self.device)
         self.classes = self.trained["classes"]
         if not precision:  # as it was trained, bf16 only where this hardware computes in it
-            precision = self.trained["config"].precision.replace("bf16", "auto")
+            is_bf16 = self.trained["config"].precision == "bf16"
+            precision = "auto" if is_bf16 else self.trained["config"].precision
         self.precision = choose_precision(precision, self.device)
         self.views = USE_VIEWS[self.trained["config"].augment]
         self.temperature = self.trained["temperature"]
@@ -2061,28 +2161,28 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> int:
     if "data_dir" in passed or not user_path(trained.data_dir).is_dir():
         again.data_dir = config.data_dir
     data = read_run_data(again, passed, classifier.trained, path)
-    folder = path.parent
-    same_files = data.files and data.files == classifier.trained.get("data")
+    beside = path.parent
+    same_files = data.files_digest and data.files_digest == classifier.trained.get("data")
     if again.dataset != trained.dataset and not same_files:
-        folder = folder / user_path(again.dataset).resolve().name  # keeps the run's own plots
-    folder = user_path(passed.get("output_dir", folder))
+        beside = beside / user_path(again.dataset).resolve().name  # keeps the run's own plots
+    folder = user_path(passed.get("output_dir", beside))
     folder.mkdir(parents=True, exist_ok=True)
     tune_glibc_malloc()
+    # compiled, which for single pictures Classifier does not wait for
     speed_up_lrn(model, config.compile, classifier.device, classifier.precision)
     loader = classifier.loader(data.test_images, data.test_labels)
     loader.paths = data.test_paths
     print(f"testing on {len(loader.labels):,} images", flush=True)
-    metrics, evaluation, in_use = compute_test_metrics(
+    metrics, one_view, in_use = compute_test_metrics(
         model, loader, classifier.precision, again.augment, classifier.temperature
     )
     print_test(f"{path} (epoch {classifier.trained['epoch']}) on {again.dataset}", metrics)
-    written = save_tables(folder, loader, evaluation, in_use)
-    written += save_plots(
-        folder, again, "test accuracy {:.2f} %", loader, evaluation, in_use, model
-    )
+    written = save_tables(folder, loader, one_view, in_use)
+    written += save_plots(folder, again, "test accuracy {:.2f} %", loader, one_view, in_use, model)
     if written:
         print(f"wrote {', '.join(written)} in {folder}")
-    return 0 if len(written) == len(TABLES) + len(PLOTS[1:]) else 1
+    of_a_test = {*TABLES, *PLOTS} - {"curves.png"}
+    return 0 if of_a_test == set(written) else 1
 
 
 def print_layers(config: Config) -> None:
@@ -2575,28 +2675,18 @@ MODELS = {  # the choices of --model
 }
 
 
-def input_size(network: nn.Module) -> int:
-    """The side of the images that a network takes, which the loader crops.
-
-    Raises UserError if it leaves other than 9 x 9 places, or is larger than the images.
-    """
-    size = getattr(network, "input_size", 32)
-    if not 24 <= size <= 32 or size % 2:
-        raise UserError(f"the network's input_size must be even, 24 to 32, not {size}", 2)
-    return size
-
-
 # ---- LRN, fast -----------------------------------------------------------------------------------
 #
 # With d_c = k + alpha/size * sum(x_j^2) over the window around channel c, and s_c = d_c^-beta:
 #     y_c = x_c s_c
-#     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum(g_i x_i s_i / d_i)
-#               over the channels i whose window contains c, with g = dL/dy
+#     dL/dx_c = g_c s_c - 2 alpha/size beta x_c * sum(cross_i), with cross_i = g_i x_i s_i / d_i,
+#               over the channels i whose window contains c, and g = dL/dy
 # _lrn_output, _lrn_cross_term and _lrn_gradient are each a pass over rows of channels, which
-# torch.compile turns into one loop; through autograd it is several times slower. `x` has margins of
-# zeros, size // 2 and (size - 1) // 2 channels wide, for the windows at the ends; `cross` has them
-# the other way round, since its sum is over the windows that contain c. All is fp32 or better: bf16
-# would round d to k.
+# torch.compile turns into one loop; through autograd it is several times slower. `padded` is x with
+# margins of zeros, size // 2 and (size - 1) // 2 channels wide, for the windows at the ends; `cross`
+# has them the other way round, since its sum is over the windows that contain c. With `relu`, x is
+# the ReLU of the input, whose gradient is zero where x is. All is fp32 or better: bf16 would round d
+# to k.
 
 
 def _window_sum(lrn: nn.Module, padded: Tensor) -> Tensor:
@@ -2604,30 +2694,31 @@ def _window_sum(lrn: nn.Module, padded: Tensor) -> Tensor:
     return functools.reduce(torch.add, (padded[:, i : i + channels] for i in range(lrn.size)))
 
 
-def _center_inverse_scale(lrn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x without its margins, 1/d and s."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    inverse = 1 / (lrn.k + lrn.alpha / lrn.size * _window_sum(lrn, x * x))
+def _x_inverse_scale(lrn: nn.Module, padded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x, 1/d and s."""
+    padded = padded.to(torch.promote_types(padded.dtype, torch.float32))
+    inverse = 1 / (lrn.k + lrn.alpha / lrn.size * _window_sum(lrn, padded * padded))
     root = inverse.sqrt()  # two square roots are several times cheaper than a power
     scale = root * root.sqrt() if lrn.beta == 0.75 else inverse.pow(lrn.beta)
-    return x[:, lrn.size // 2 : x.size(1) - (lrn.size - 1) // 2], inverse, scale
+    x = padded[:, lrn.size // 2 : padded.size(1) - (lrn.size - 1) // 2]
+    return x, inverse, scale
 
 
-def _lrn_output(lrn: nn.Module, x: Tensor) -> Tensor:
-    center, _, scale = _center_inverse_scale(lrn, x)
-    return center * scale
+def _lrn_output(lrn: nn.Module, padded: Tensor) -> Tensor:
+    x, _, scale = _x_inverse_scale(lrn, padded)
+    return x * scale
 
 
-def _lrn_cross_term(lrn: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
-    center, inverse, scale = _center_inverse_scale(lrn, x)
-    return grad * center * scale * inverse
+def _lrn_cross_term(lrn: nn.Module, padded: Tensor, grad: Tensor) -> Tensor:
+    x, inverse, scale = _x_inverse_scale(lrn, padded)
+    return grad * x * scale * inverse
 
 
-def _lrn_gradient(lrn: nn.Module, x: Tensor, grad: Tensor, cross: Tensor) -> Tensor:
-    center, _, scale = _center_inverse_scale(lrn, x)
-    others = _window_sum(lrn, cross.to(center.dtype))
-    grad = grad * scale - 2 * lrn.alpha / lrn.size * lrn.beta * center * others
-    return torch.where(center > 0, grad, 0) if lrn.relu else grad
+def _lrn_gradient(lrn: nn.Module, padded: Tensor, grad: Tensor, cross: Tensor) -> Tensor:
+    x, _, scale = _x_inverse_scale(lrn, padded)
+    others = _window_sum(lrn, cross.to(x.dtype))
+    grad = grad * scale - 2 * lrn.alpha / lrn.size * lrn.beta * x * others
+    return torch.where(x > 0, grad, 0) if lrn.relu else grad
 
 
 @functools.cache
@@ -2658,8 +2749,11 @@ class _LRNFunction(torch.autograd.Function):
         images = x.permute(0, 2, 3, 1).contiguous()
         rows = images.view(-1, x.size(1))
         padded = rows.new_zeros(len(rows), x.size(1) + lrn.size - 1)
-        center = padded[:, lrn.size // 2 :][:, : x.size(1)]
-        torch.clamp_min(rows, 0, out=center) if lrn.relu else center.copy_(rows)
+        inside = padded[:, lrn.size // 2 :][:, : x.size(1)]
+        if lrn.relu:
+            torch.clamp_min(rows, 0, out=inside)
+        else:
+            inside.copy_(rows)
         ctx.lrn = lrn
         ctx.save_for_backward(padded)
         y = _run(_lrn_output, lrn, torch.empty_like(rows), padded)
@@ -2669,13 +2763,14 @@ class _LRNFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled():  # once_differentiable would not see a derivative by x
             raise RuntimeError("FastLRN is differentiable only once: use load_trained's network")
-        (x,), lrn = ctx.saved_tensors, ctx.lrn
+        (padded,) = ctx.saved_tensors
+        lrn = ctx.lrn
         images = grad.permute(0, 2, 3, 1).contiguous()
         rows = images.view(-1, grad.size(1))
-        cross = rows.new_zeros(x.shape)
-        center = cross[:, (lrn.size - 1) // 2 :][:, : rows.size(1)]
-        _run(_lrn_cross_term, lrn, center, x, rows)
-        grad = _run(_lrn_gradient, lrn, torch.empty_like(rows), x, rows, cross)
+        cross = rows.new_zeros(padded.shape)
+        inside = cross[:, (lrn.size - 1) // 2 :][:, : rows.size(1)]
+        _run(_lrn_cross_term, lrn, inside, padded, rows)
+        grad = _run(_lrn_gradient, lrn, torch.empty_like(rows), padded, rows, cross)
         return grad.view_as(images).permute(0, 3, 1, 2), None
 
 
@@ -2712,20 +2807,26 @@ def value_and_gradient(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), gradient
 
 
+def equals_fast_lrn(layer: LocalResponseNormalization) -> bool:
+    """Whether FastLRN gives its values and gradients: not if its class was edited."""
+    if layer.state_dict():  # weights or buffers, which FastLRN has not
+        return False
+    x = 30 * torch.arange(2 * 3 * layer.size * 9).sin().view(2, -1, 3, 3)
+    value, gradient = value_and_gradient(layer, x)
+    fast = FastLRN(layer, compiled=False, relu=False)
+    fast_value, fast_gradient = value_and_gradient(fast, x)
+    is_same_value = torch.allclose(fast_value, value, rtol=1e-4)
+    return is_same_value and torch.allclose(fast_gradient, gradient, rtol=1e-3, atol=1e-4)
+
+
 def replaceable_lrn(model: nn.Module) -> dict[str, LocalResponseNormalization]:
     """The LRN layers in whose place FastLRN gives the same: not those that a user has edited."""
     found = {}
     for name, layer in model.named_modules():
-        if type(layer) is FastLRN:
-            found[name] = layer
-        if type(layer) is not LocalResponseNormalization or layer.state_dict():
-            continue
-        fast = FastLRN(layer, compiled=False, relu=False)
-        x = 30 * torch.arange(2 * 3 * layer.size * 9).sin().view(2, -1, 3, 3)
-        value, gradient = value_and_gradient(layer, x)
-        fast_value, fast_gradient = value_and_gradient(fast, x)
-        same_value = torch.allclose(fast_value, value, rtol=1e-4)
-        if same_value and torch.allclose(fast_gradient, gradient, rtol=1e-3, atol=1e-4):
+        is_replaceable = type(layer) is FastLRN  # of an earlier call: it may be compiled now
+        if type(layer) is LocalResponseNormalization:
+            is_replaceable = equals_fast_lrn(layer)
+        if is_replaceable:
             found[name] = layer
     return found
 
@@ -2794,6 +2895,7 @@ def speed_up_lrn(
     try:
         without_bf16 = device.type == "cuda" and not has_bf16(device)
         if dynamo.config.disable or (precision == "bf16" and without_bf16):
+            # to the note below
             raise RuntimeError("TORCH_COMPILE_DISABLE is set, or this GPU has no bf16")
         trial = copy.deepcopy(model).eval()
         replace_lrn(trial, compiled=True)
@@ -2809,21 +2911,20 @@ def speed_up_lrn(
 
 def accelerate(
     model: nn.Module, config: Config, device: torch.device, precision: str, loader: CifarLoader
-) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
-    """The model, with compiled LRN; the module that makes its training steps; and the hardware.
+) -> tuple[nn.Module, nn.Module, bool]:
+    """The model; the module that makes its training steps; whether its LRN is compiled.
 
     Both have the same weights. On CUDA steps are replayed as graphs, under torchrun shared by DDP.
     """
     if world().size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     compiled = speed_up_lrn(model, config.compile, device, precision)
-    graphs = device.type == "cuda" and world().size == 1 and config.compile != "off"
-    hardware = describe_hardware(device, precision, compiled) | {"cuda_graphs": graphs}
+    train_model = model
     if world().size > 1:
-        return model, nn.parallel.DistributedDataParallel(model), hardware
-    if graphs:
-        return model, CudaGraphs(model, next(iter(loader))[0], precision), hardware
-    return model, model, hardware
+        train_model = nn.parallel.DistributedDataParallel(model)
+    elif device.type == "cuda" and config.compile != "off":
+        train_model = CudaGraphs(model, next(iter(loader))[0], precision)
+    return model, train_model, compiled
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
@@ -3074,7 +3175,7 @@ def in_threads(function: Callable[[Path], Any], paths: list[Path], title: str) -
                 print(f"{line:<79}\r", end="", flush=True)
 
 
-LOSSES = {  # what a picture loses on its way into the network, without being broken
+FLAWS = {  # what a picture loses on its way into the network, without being broken
     "jpeg": "are JPEGs of at most 32x32 pixels, which costs accuracy: PNG keeps their pixels",
     "negative": "have values below 0, which become black as 0 does",
     "color": "have 16 bits for each color, of which only the upper 8 are read",
@@ -3082,7 +3183,7 @@ LOSSES = {  # what a picture loses on its way into the network, without being br
 
 
 def look_at_picture(path: Path) -> tuple[str, float, str]:
-    """The kind and largest value of a gray picture of many bits, else "" and 0; and its loss."""
+    """The kind and largest value of a gray picture of many bits, else "" and 0; and its flaw."""
     from PIL import Image
 
     with contextlib.suppress(Exception), Image.open(path) as picture:  # named when it is read
@@ -3099,17 +3200,17 @@ def look_at_picture(path: Path) -> tuple[str, float, str]:
 def find_white(paths: list[Path]) -> dict[str, float]:
     """The largest value in the gray pictures of more than 8 bits, as `read_picture` takes it.
 
-    Prints a note about what pictures lose.
+    Prints a note about the flaws of pictures.
     """
     white = {}
-    losses = Counter()
-    for kind, largest, loss in in_threads(look_at_picture, paths, "looking at picture"):
-        losses[loss] += 1
+    flaws = Counter()
+    for kind, largest, flaw in in_threads(look_at_picture, paths, "looking at picture"):
+        flaws[flaw] += 1
         if largest > 0:
             white[kind] = max(largest, white.get(kind, 0))
-    for loss, text in LOSSES.items():
-        if losses[loss]:
-            print(f"note: {losses[loss]} pictures {text}")
+    for flaw, text in FLAWS.items():
+        if flaws[flaw]:
+            print(f"note: {flaws[flaw]} pictures {text}")
     return white
 
 
@@ -3244,7 +3345,7 @@ def read_image_folders(folder: Path, needs_test: bool, white: dict[str, float] |
         val_images=images["val"],
         val_labels=labels["val"],
         white=white,
-        files=digest_of_files(parts),
+        files_digest=digest_of_files(parts),
         test_paths=[str(path) for path in parts.get("test", ())],
     )
 
@@ -3284,19 +3385,6 @@ def read_run_data(
 # ---- Device, precision, torchrun -----------------------------------------------------------------
 
 
-def reason(error: BaseException) -> str:
-    """The line of an error that says why, and not one that only announces it."""
-    first = ""
-    for line in str(error).splitlines():
-        line = line.strip()
-        if not line or line.endswith(":"):
-            continue
-        if "error: " in line:  # a compiler's, after its warnings
-            return line
-        first = first or line
-    return first or type(error).__name__
-
-
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto": CUDA, else MPS, else the CPU. A GPU becomes the current."""
     if name == "auto":
@@ -3328,7 +3416,7 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, check, bool)() for check in checks)
+        return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
     return False
 
 
@@ -3388,10 +3476,6 @@ def tune_glibc_malloc() -> None:
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
-
-def flag_name(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def command_of(passed: dict[str, Any]) -> str:
@@ -3569,7 +3653,7 @@ FOR_CHECKPOINT = {  # what goes with --checkpoint, whose run has the other setti
 }
 
 
-def check(config: Config, passed: dict[str, Any]) -> None:
+def check_flags(config: Config, passed: dict[str, Any]) -> None:
     """Raise UserError for flags that exclude each other, or would have no effect."""
     for one, other in EXCLUSIVE:
         if one in passed and other in passed:
@@ -3586,12 +3670,12 @@ def check(config: Config, passed: dict[str, Any]) -> None:
         raise UserError(
             f"{flag_name(min(of_training))} goes with training, not with --checkpoint", 2
         )
-    uses = passed.keys() & {"evaluate", "image", "image_dir"}
-    if config.checkpoint and not uses:
+    uses = {"evaluate", "image", "image_dir"}
+    if config.checkpoint and not uses & passed.keys():
         raise UserError("--checkpoint goes with --image FILE, --image-dir DIR or --evaluate", 2)
-    uses |= passed.keys() & {"json", "show_all_probs"}
-    if uses and not config.checkpoint:
-        raise UserError(f"{flag_name(min(uses))} needs --checkpoint best.pt", 2)
+    of_pictures = passed.keys() & {*uses, "json", "show_all_probs"}
+    if of_pictures and not config.checkpoint:
+        raise UserError(f"{flag_name(min(of_pictures))} needs --checkpoint best.pt", 2)
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, Any]]:
@@ -3605,7 +3689,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict[str, An
     passed = vars(make_parser().parse_args(words))
     recipe = RECIPES.get(passed.get("recipe", Config().recipe), {})
     config = check_settings(replace(Config(**recipe), **passed))
-    check(config, passed)
+    check_flags(config, passed)
     return config, passed
 
 
@@ -3682,10 +3766,7 @@ def explain(error: BaseException, config: Config, passed: dict[str, Any]) -> tup
         where = f"{error.filename or 'the output'}: {error.strerror}"
         return 1, f"error: {where if error.strerror else error}"
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
-        frames = traceback.extract_tb(error.__traceback__)
-        in_epoch = any(frame.name == "train_one_epoch" for frame in frames)
-        hint = "a smaller --batch-size" if in_epoch else "--device cpu, or fewer images"
-        return 1, f"error: out of memory: try {hint}"
+        return 1, "error: out of memory: try a smaller --batch-size, --device cpu or fewer images"
     if world().size > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
         return 1, f"error: another process of this run has ended ({reason(error)})"
     raise error

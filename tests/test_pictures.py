@@ -273,8 +273,8 @@ def test_files_that_decode_differently_are_a_note_and_other_files_are_refused(
 def test_the_identity_of_cifar_are_its_pixels_as_in_published_summaries(ck):
     published = json.loads((ROOT / "results" / "cifar10-mini-128" / "summary.json").read_text())
     loaders = ck.get_cifar_data_loaders(dataset_name="cifar10-mini")
-    assert ck.data_digest(*loaders) == published["data_digest"]
-    assert ck.read_dataset("cifar10-mini").files == ""
+    assert ck.digest_of_pixels(*loaders) == published["data_digest"]
+    assert ck.read_dataset("cifar10-mini").files_digest == ""
 
 
 # Evaluation with other data
@@ -367,7 +367,9 @@ def test_pictures_come_in_their_order_whatever_takes_longest(ck, tmp_path, monke
 
     monkeypatch.setattr(ck, "read_picture", slow_at_times)
     found = ck.read_dataset(str(data))
-    assert torch.equal(found.images, expected.images) and found.files == expected.files
+    assert (
+        torch.equal(found.images, expected.images) and found.files_digest == expected.files_digest
+    )
 
 
 def test_a_batch_of_all_training_images_is_a_note(tmp_path):
