@@ -3530,7 +3530,7 @@ def add_flag(group: Any, option: Field) -> None:
         text = f"{text} (default: {default})"
     group.add_argument(
         name,
-        action="extend" if option.metadata["nargs"] == "+" else "store",
+        action="extend" if option.name == "image" else "store",  # elsewhere the last flag counts
         help=text,
         type=kind_of(option),
         choices=choices_of(option),

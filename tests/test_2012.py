@@ -143,7 +143,7 @@ def test_the_whole_forward_pass_is_his_layers_in_his_order(network, name):
     ],
 )
 def test_initial_weights_decay_and_two_steps_of_sgd_are_his(ck, network, name, stds, decays):
-    model = network(name)
+    model = network(name).double()
     parameters = list(model.parameters())
     weights, biases = parameters[::2], parameters[1::2]
     for weight, std in zip(weights, stds, strict=True):
@@ -158,16 +158,20 @@ def test_initial_weights_decay_and_two_steps_of_sgd_are_his(ck, network, name, s
     velocities = [torch.zeros_like(p) for p in parameters]
     rates = [0.001, 0.002] * len(weights)
     penalties = [penalty for decay in decays for penalty in (decay, 0)]
+    assert [group["lr"] for group in groups] == pytest.approx(rates)
+    assert [group["weight_decay"] for group in groups] == pytest.approx(penalties)
     for step in range(2):
         optimizer.zero_grad()
-        model(50 * random_tensor(4, 3, SIZES[name], SIZES[name])).square().sum().backward()
+        images = 50 * random_tensor(4, 3, SIZES[name], SIZES[name]).double()
+        model(images).square().sum().backward()
         for i, p in enumerate(parameters):
             # cuda-convnet's step: the velocity contains the learning rate
             velocities[i] = 0.9 * velocities[i] - rates[i] * (penalties[i] * expected[i] + p.grad)
             expected[i] = expected[i] + velocities[i]
         optimizer.step()
         for i, p in enumerate(parameters):
-            torch.testing.assert_close(p.detach(), expected[i], msg=f"step {step}, parameter {i}")
+            told = {"msg": f"step {step}, parameter {i}"}
+            torch.testing.assert_close(p.detach(), expected[i], rtol=1e-7, atol=1e-12, **told)
 
 
 def test_lr_and_weight_decay_scale_every_group_and_a_network_without_factors_has_one(ck, network):
@@ -353,6 +357,7 @@ def test_norm_none_takes_the_normalization_out_and_nothing_else(network, name):
         with_norm.state_dict().items(), without.state_dict().items(), strict=True
     ):
         assert key == other_key and torch.equal(one, other)
+    assert type(without.norm1) is type(without.norm2) is nn.Identity
     x = 50 * random_tensor(2, 3, SIZES[name], SIZES[name])
     for model in (with_norm, without):
         for parameter in model.parameters():

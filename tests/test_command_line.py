@@ -112,6 +112,9 @@ def test_plots_are_images_of_plausible_size_and_color(trained_once):
 def test_without_validation_there_are_no_columns_of_it_and_the_last_epoch_is_kept(unvalidated):
     summary, rows = results(unvalidated[0])
     assert (summary["train_images"], summary["best_epoch"]) == (200, 2)
+    files = [unvalidated[0] / name for name in ("best.pt", "last.pt")]
+    best, last = (torch.load(file, weights_only=True) for file in files)
+    torch.testing.assert_close(best["model"], last["model"], rtol=0, atol=0)
     assert summary["test_error"] == summary["last_test_error"]
     assert {(row["val_loss"], row["val_accuracy"]) for row in rows} == {("", "")}
     assert "train loss" in unvalidated[1].out and "val loss" not in unvalidated[1].out
@@ -218,7 +221,10 @@ def test_without_tensorboard_one_line_says_how_to_install_it(small, tmp_path, mo
     assert not names(tmp_path)
 
 
-@pytest.mark.parametrize("model", ["krizhevsky", "five-conv", "alexnet", "compact"])
+ALL = ["krizhevsky", "80sec", "18pct", "13pct", "11pct", "five-conv", "alexnet", "compact"]
+
+
+@pytest.mark.parametrize("model", ALL)
 def test_summary_prints_the_layers_of_each_network_and_writes_nothing(ck, model, tmp_path):
     result = call("--model", model, "--dataset", "cifar100", "--summary", cwd=tmp_path)
     assert (result.code, result.err, names(tmp_path)) == (0, "", set())
@@ -266,12 +272,11 @@ def test_help_has_the_groups_of_config_and_recipes_as_commands(ck, capsys):
         assert asdict(spelled_out) | {"recipe": name} == asdict(named)
 
 
-def test_a_list_may_be_given_in_parts(ck):
+def test_pictures_may_be_given_one_by_one_and_of_a_setting_the_last_flag_counts(ck):
     words = ["--checkpoint", "best.pt", "--image", "a.png", "b.png", "--image", "c.png"]
     assert ck.parse_arguments(words)[0].image == ["a.png", "b.png", "c.png"]
-    once = ["--milestones", "5"]
-    assert ck.parse_arguments(once)[0].milestones == [5]  # in place of the default
-    assert ck.parse_arguments(["--recipe", "short", *once, *once])[0].milestones == [5, 5]
+    words = ["--recipe", "short", "--milestones", "3", "4", "--milestones", "5"]
+    assert ck.parse_arguments(words)[0].milestones == [5]
 
 
 def test_a_class_that_is_added_to_models_is_a_choice_of_model(ck, monkeypatch):
@@ -297,9 +302,19 @@ def test_a_flag_of_lrn_is_refused_where_the_network_has_none(tmp_path):
         assert "has no LRN" in one_line_error(call(*words, cwd=tmp_path), code=2)
 
 
-def test_a_picture_without_a_network_is_told_what_it_needs(tmp_path):
-    message = one_line_error(call("--image", "cat.png", cwd=tmp_path), code=2)
-    assert message == "error: --image needs --checkpoint best.pt"
+USES = "--checkpoint goes with --image FILE, --image-dir DIR or --evaluate"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--image cat.png", "--image needs --checkpoint best.pt"),
+        ("--checkpoint best.pt", USES),
+        ("--checkpoint best.pt --json", USES),
+    ],
+)
+def test_a_network_and_what_it_is_for_need_each_other(words, message, tmp_path):
+    assert one_line_error(call(*words.split(), cwd=tmp_path), code=2) == f"error: {message}"
 
 
 def test_the_pep_723_block_is_requirements_txt():

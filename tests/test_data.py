@@ -4,6 +4,7 @@ import functools
 import hashlib
 import re
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -90,19 +91,20 @@ def test_padding_is_black_before_normalization(ck):
     assert (black ^ light).all() and black.any() and light[:, :, 4:-4, 4:-4].all()
 
 
-@pytest.mark.parametrize("augment", [True, False], ids=["training", "evaluation"])
-def test_every_image_comes_once_per_epoch_with_its_label(ck, augment):
+@pytest.mark.parametrize("shuffle", [True, False], ids=["training", "evaluation"])
+def test_every_image_comes_once_per_epoch_with_its_label(ck, shuffle):
+    augment = "crop-flip" if shuffle else "none"
     labels = torch.arange(1030)
     colors = torch.stack([labels % 256, labels // 256, 255 - labels % 256], 1)
     images = colors.to(torch.uint8).view(-1, 3, 1, 1).expand(-1, 3, 32, 32)  # tell which one it is
     for batch_size in (1, 7, 128, 1029, 2000):
-        loader = ck.CifarLoader(images, labels, CLASSES, *PLAIN, batch_size, augment)
+        loader = ck.CifarLoader(images, labels, CLASSES, *PLAIN, batch_size, shuffle, augment)
         batches = list(loader)
         assert len(batches) == len(loader) == -(-1030 // batch_size)
         assert all(len(found) == batch_size for _, found in batches[:-1])
         found = torch.cat([labels for _, labels in batches])
         assert torch.equal(found.sort().values, labels)
-        assert torch.equal(found, labels) is not augment
+        assert torch.equal(found, labels) is not shuffle
         for batch, of_batch in batches:
             assert batch.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal(pixels(batch[:, :, 16, 16]), colors[of_batch].to(torch.uint8))
@@ -375,3 +377,12 @@ def test_a_rare_class_of_an_uneven_folder_is_trained_on_and_named(ck, pictures, 
     result = call(*quick_flags(pictures), *flags, cwd=pictures.parent)
     notes = [line for line in result.out.splitlines() if line.startswith("note: no validation")]
     assert result.code == 0 and len(notes) == 1 and "dog" in notes[0] and "cat" not in notes[0]
+
+
+def test_a_terminal_shows_progress(ck, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    loader = ck.CifarLoader(random_images(20), torch.arange(20), CLASSES, *PLAIN, batch_size=1)
+    assert len([*ck.with_progress(loader, "epoch 1/2")]) == 20
+    assert [*ck.in_threads(str, [*range(25)], "reading picture")] == [*map(str, range(25))]
+    out = capsys.readouterr().out
+    assert "epoch 1/2  batch 10/20  " in out and "reading picture 10/25" in out

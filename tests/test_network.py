@@ -302,6 +302,8 @@ def test_fast_lrn_takes_over_a_relu_only_where_an_edited_network_stays_the_same(
     images = 5 * torch.randn(4, 3, 32, 32)
     expected = model(images)
     ck.replace_lrn(model, compiled=True)
+    assert not model.norm1.relu
+    assert model.norm2.relu == (edited not in (SharedNet, OneNormNet))
     for layer in (model.norm1, model.norm2):
         assert isinstance(layer, ck.FastLRN)
         layer.compiled = False  # the same passes, without the minute of a compiler
@@ -384,17 +386,6 @@ def test_the_flags_of_the_network_reach_every_layer(ck, name):
     assert {(m.size, m.alpha, m.beta, m.k) for m in norms} <= {(3, 0.5, 0.6, 1.5)}
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "results").glob("*/best.pt")), ids=lambda p: p.parent.name
-)
-def test_a_published_network_has_the_keys_and_shapes_of_the_network(ck, path):
-    published = torch.load(path, weights_only=True)
-    config = ck.Config(model=published["config"]["model"])
-    ours = ck.build_model(config, len(published["classes"])).state_dict()
-    shapes = [{key: value.shape for key, value in s.items()} for s in (ours, published["model"])]
-    assert shapes[0] == shapes[1]
-
-
 class NoHost(TorchDispatchMode):
     """Refuses every operation that has to do with a tensor on another device than `meta`."""
 
@@ -468,9 +459,11 @@ def test_nothing_is_compiled_after_the_trial(ck, networks, images):
     batch, labels = next(iter(images(6)))
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         loss = criterion(model(batch), labels)
+    model.zero_grad()
     thread = threading.Thread(target=loss.backward)  # as of a GPU
     thread.start()
     thread.join()
+    assert model.conv1.weight.grad is not None
     assert graphs > 0 and counters["stats"]["unique_graphs"] == graphs
     model.zero_grad()
 

@@ -105,11 +105,11 @@ def test_without_test_pictures_there_is_training_with_no_test(tmp_path):
 @pytest.mark.parametrize(
     ("moves", "named"),
     [
-        ({"train": "."}, "train"),  # DIR/CLASS
+        ({"train": "."}, "set/train; a data set"),  # DIR/CLASS
         ({"train": "Train", "test": "Test"}, "Test"),
         ({"train": "training"}, "training"),
         ({"val": "valid"}, "valid"),
-        ({"train": "set/train", "test": "set/test"}, "set/train"),  # an archive in a folder
+        ({"train": "set/train", "test": "set/test"}, "set/set/train"),  # an archive in a folder
         ({"train/a": "a/train", "train/b": "b/train"}, "no pictures in"),
         ({"train/a": "train/images/a", "train/b": "train/images/b"}, "one class (images)"),
         ({"test/a": "elsewhere"}, "(a)"),

@@ -44,7 +44,7 @@ def likelihood_is_greatest(ck, checkpoint, val_loader):
 
 
 @pytest.mark.parametrize("longer", [False, True])
-def test_the_temperature_is_the_best_one_for_the_held_out_images_as_they_are_printed(
+def test_the_temperature_is_the_best_one_for_the_views_of_the_held_out_images(
     ck, small, longer, tmp_path
 ):
     flags = (*quick_flags(small), "--val-size", 100, "--no-test", "--precision", "fp32")
@@ -70,6 +70,7 @@ def test_classifier_and_image_average_the_mirror_image_where_training_flipped(
     fp32 = ("--precision", "fp32", "--output-dir", "run")
     assert call(*run, *fp32, cwd=tmp_path).code == 0
     best = tmp_path / "run" / "best.pt"
+    torch.save(read(best) | {"temperature": 0.5}, best)
     paths = sorted((small / "test").rglob("*.png"))[:5]
     expected = by_hand(ck, best, torch.stack([ck.read_picture(path) for path in paths]))
     printed = call(
@@ -202,6 +203,18 @@ def test_predictions_csv_has_for_each_picture_what_image_prints(small, trained, 
     assert read(trained / "summary.json")["test_error_with_mirror"] == pytest.approx(2 * wrong)
 
 
+def test_the_temperature_reaches_the_table_of_the_test(ck, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(ck, "calibrate", lambda *_: 0.5)
+    finish(*quick_flags(small), "--precision", "fp32", "--output-dir", "run", cwd=tmp_path)
+    use = ("--checkpoint", "run/best.pt", "--image-dir", small / "test", "--json")
+    printed = json.loads(call(*use, cwd=tmp_path).out)
+    largest = {row["file"]: max(row["classes"].values()) for row in printed}
+    table = rows(tmp_path / "run" / "predictions.csv")
+    assert len(table) == 50
+    for row in table:
+        assert float(row["probability"]) == pytest.approx(largest[row["file"]], abs=1e-5)
+
+
 def test_the_calibration_error_follows_from_predictions_csv(trained):
     bins = collections.defaultdict(list)
     for row in rows(trained / "predictions.csv"):
@@ -220,6 +233,12 @@ def test_confusion_csv_counts_the_images_of_the_error_to_report(trained):
     counts = np.array([[int(row[name]) for name in classes] for row in table])
     assert (counts.sum(1) == 5).all() and len(counts) == 10
     assert 100 - 2 * counts.trace() == pytest.approx(summary["test_error"])
+    percent = 100 * counts / counts.sum(1, keepdims=True)
+    assert [*summary["test_class_accuracy"].values()] == pytest.approx(percent.diagonal())
+    assert len(summary["test_most_confused"]) == 10
+    for pair, value in summary["test_most_confused"].items():
+        true, predicted = map(classes.index, pair.split(" as "))
+        assert value == pytest.approx(percent[true, predicted])
 
 
 def test_evaluate_writes_the_same_tables_and_with_indices_where_no_file_is(trained, tmp_path):

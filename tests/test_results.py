@@ -164,6 +164,10 @@ def test_the_published_commands_still_make_those_runs(ck):
     for name, command in make_tables.RECIPES.items():
         runs = make_tables.load(f"{name}/**/summary.json")
         pairs.append((command, min(runs, key=lambda run: run["seed"])))
+    mini = RUNS["cifar10-mini"]
+    pairs.append(("python cifar_krizhevsky.py --dataset cifar10-mini --recipe mini", mini))
+    said = f"[{mini['test_error']:.2f} %](results/cifar10-mini/summary.json)"
+    assert said in (ROOT / "README.md").read_text()
     for command, run in pairs:
         words = shlex.split(command)[2:]
         if "--overwrite" in words:  # which is gone, and said nothing about how to train

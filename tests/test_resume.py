@@ -446,7 +446,8 @@ def test_seeds_continue_in_the_newest_folder_with_the_settings_of_the_command(fl
     assert (tmp_path / "runs/small-compact-seeds/seed1").is_dir() and "(n = 2)" in out
     assert files(tmp_path / "runs/small-compact-seeds-2") == other
     longer = [*flags, "--model", "compact", "--epochs", 2, "--no-test", "--seeds", 3, "--resume"]
-    one_line_error(call(*longer, "--output-dir", "runs/small-compact-seeds", cwd=tmp_path), 1)
+    result = call(*longer, "--output-dir", "runs/small-compact-seeds", cwd=tmp_path)
+    assert "no mean" in one_line_error(result, 1)
 
 
 def test_no_average_is_taken_over_runs_of_changed_settings_or_data(small, tmp_path):
@@ -456,9 +457,10 @@ def test_no_average_is_taken_over_runs_of_changed_settings_or_data(small, tmp_pa
     before = (tmp_path / "run" / "seeds.json").read_bytes()
     resume = [*seeds, "--seeds", 2, "--resume"]
     assert "--lr" in one_line_error(call(*resume, "--lr", 0.5, cwd=tmp_path), code=2)
-    one_line_error(call(*resume, cwd=tmp_path))  # with the default dropout in the new seed
+    message = one_line_error(call(*resume, cwd=tmp_path))  # the default dropout in the new seed
+    assert "--dropout 0.3" in message
     (data / "test/cat/00.png").rename(data / "test/cat/zz.png")
-    one_line_error(call(*resume, "--dropout", 0.3, cwd=tmp_path))
+    assert "other images" in one_line_error(call(*resume, "--dropout", 0.3, cwd=tmp_path))
     assert (tmp_path / "run" / "seeds.json").read_bytes() == before
 
 

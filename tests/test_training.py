@@ -230,12 +230,12 @@ def test_best_pt_is_of_equal_accuracy_the_one_with_the_lower_loss_and_is_what_is
     assert finished.summary["test_loss"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_without_validation_images_all_are_trained_on_and_the_last_epoch_is_kept(finish):
-    finished = finish("--epochs", 2, "--val-size", 0)
-    assert finished.summary["train_images"] == 200
-    assert finished.summary["best_epoch"] == finished.best["epoch"] == 2
-    assert_close(finished.best["model"], finished.last["model"], rtol=0, atol=0)
-    assert all(map(math.isnan, finished.metrics["val_loss"]))
+def test_the_validation_loss_is_not_smoothed(ck, finish, small, tmp_path):
+    finished = finish("--epochs", 1, "--label-smoothing", 0.5)
+    model, _ = ck.load_trained(tmp_path / "run" / "best.pt")
+    _, val_loader, _ = ck.get_cifar_data_loaders(dataset_name=str(small), val_size=150)
+    loss = ck.evaluate_model(model, val_loader).loss
+    assert finished.metrics["val_loss"] == pytest.approx([loss], rel=1e-5)
 
 
 def test_a_recipe_sets_what_no_flag_overrides_and_keeps_its_name_only_then(ck, finish):

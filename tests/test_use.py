@@ -324,3 +324,10 @@ def test_a_gpu_that_pytorch_cannot_use_is_one_note_beside_the_json(tmp_path, mon
 def test_a_device_that_is_not_there_is_one_error_line(device, tmp_path):
     flags = ("--checkpoint", BEST, "--image", sorted(SAMPLES.glob("cat/*"))[0])
     assert device in one_line_error(call(*flags, "--device", device, cwd=tmp_path), 2)
+
+
+def test_pictures_with_the_class_of_their_folder_are_counted(ck, capsys):
+    row = {"cat": 0.9, "dog": 0.1}
+    paths = [Path(path) for path in ("cat/a", "dog/b", "x/c")]
+    ck.print_folder_accuracy(dict.fromkeys(paths, row), ["cat", "dog"])
+    assert capsys.readouterr().out.startswith("1 of 2 have the class")
