@@ -27,7 +27,7 @@ read_dataset = functools.cache(script.read_dataset)
 def store_temperature(path: Path, temperature: float, model: torch.nn.Module) -> None:
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["temperature"] = temperature
-    checkpoint["probe"] = script.probe(model).tolist()
+    checkpoint["probe"] = script.probe(model).tolist()  # refused by an edited network
     script.save_checkpoint(path, checkpoint)
 
 

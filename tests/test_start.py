@@ -392,6 +392,17 @@ def test_a_cosine_instead_of_milestones_is_resumed_to_the_same_bits(
     assert rates == pytest.approx([0.01, 0.00853553, 0.005, 0.00146447], rel=1e-4)
 
 
+def test_a_schedule_that_moves_the_momentum_too_is_resumed(ck, small, tmp_path, monkeypatch):
+    def one_cycle(optimizer, milestones, gamma):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=4)
+
+    monkeypatch.setattr(torch.optim.lr_scheduler, "MultiStepLR", one_cycle)
+    flags = [*quick_flags(small), "--no-test", "--output-dir", "run"]
+    assert call(*flags, cwd=tmp_path).code == 0
+    result = call("--resume", "run", "--epochs", 4, "--no-test", cwd=tmp_path)
+    assert result.code == 0, result.err
+
+
 def test_batch_normalization_in_place_of_lrn_trains_resumes_and_predicts(
     ck, small, tmp_path, monkeypatch
 ):
@@ -428,8 +439,11 @@ def test_crops_of_24_in_the_default_network(ck, small, tmp_path, monkeypatch):
 
 
 def test_weights_are_refused_where_the_network_was_edited_and_the_shapes_still_fit(
-    ck, small, trained, monkeypatch
+    ck, small, tmp_path, monkeypatch
 ):
+    trained = tmp_path / "run"
+    active = ("--lrn-alpha", 1.0, "--lrn-k", 1.0)
+    assert call(*quick_flags(small), *active, "--output-dir", trained, cwd=tmp_path).code == 0
     uses = [
         ["--resume", trained, "--epochs", 3],
         ["--checkpoint", trained / "best.pt", "--evaluate"],
@@ -467,7 +481,34 @@ def test_a_network_with_other_outputs_than_classes_is_refused(ck, small, tmp_pat
 
     monkeypatch.setitem(ck.MODELS, "krizhevsky", Hundred)
     error = one_line_error(call(*quick_flags(small), "--output-dir", "run", cwd=tmp_path), code=2)
-    assert "(1, 100), not (1, 10)" in error and not (tmp_path / "run").exists()
+    assert "(2, 100), not (2, 10)" in error and not (tmp_path / "run").exists()
+
+
+def test_a_network_that_wants_batches_is_one(ck, small, tmp_path, monkeypatch):
+    class Squeezing(ck.KrizhevskyNet):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.norm1 = torch.nn.BatchNorm1d(256, track_running_stats=False)
+
+        def forward(self, x):
+            x = self.pool3(self.conv3(self.pool2(self.conv2(self.pool1(self.conv1(x))))))
+            return self.fc3(self.norm1(self.fc1(x.flatten(1))[:, :, None, None].squeeze()))
+
+    monkeypatch.setitem(ck.MODELS, "krizhevsky", Squeezing)
+    assert call(*quick_flags(small), "--output-dir", "run", cwd=tmp_path).code == 0
+    assert call("--resume", "run", "--epochs", 3, cwd=tmp_path).code == 0
+
+
+def test_a_network_for_a_gpu_only_is_left_to_the_gpu(ck, monkeypatch):
+    class OnlyThere(ck.KrizhevskyNet):
+        def forward(self, x):
+            raise RuntimeError("no CPU")
+
+    monkeypatch.setitem(ck.MODELS, "krizhevsky", OnlyThere)
+    with pytest.raises(RuntimeError, match="no CPU"):
+        ck.build_model(ck.Config(), 10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ck.build_model(ck.Config(), 10).training
 
 
 def test_the_number_of_classes_goes_in_by_its_name(ck, monkeypatch):

@@ -326,6 +326,13 @@ def test_a_device_that_is_not_there_is_one_error_line(device, tmp_path):
     assert device in one_line_error(call(*flags, "--device", device, cwd=tmp_path), 2)
 
 
+def test_a_classifier_may_be_made_and_used_in_inference_mode(ck):
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    expected = ck.Classifier(BEST, "cpu").classify(image)
+    with torch.inference_mode():
+        assert ck.Classifier(BEST, "cpu").classify(image) == expected
+
+
 def test_pictures_with_the_class_of_their_folder_are_counted(ck, capsys):
     row = {"cat": 0.9, "dog": 0.1}
     paths = [Path(path) for path in ("cat/a", "dog/b", "x/c")]
