@@ -97,6 +97,7 @@ class Config:
     A recipe's values come before these defaults, and flags before both.
     """
 
+    # in the order of --help (GROUPS) and of a plot's title (run_title)
     # data
     dataset: str            = flag("cifar10", "cifar10, cifar100, cifar10-mini, or a folder of pictures")
     data_dir: str           = flag("data", "where CIFAR is kept; the first run downloads it")
