@@ -3,8 +3,8 @@
     python tests/calibrate.py results/cifar10-best/best.pt  # ... or others of calibration.json
 
 Into each best.pt whose run held images out goes the temperature that a run finds today, into that of
-results/NAME whose run held none out the one of results/NAME-held-out, which is the same recipe with a
-held-out tenth. Its weights stay as they are. results/calibration.json gets the measurements, for the
+results/NAME whose run held none out the one of results/NAME-held-out, which is the same recipe with
+`--val-size 5000`. Its weights stay as they are. results/calibration.json gets the measurements, for the
 table in results/README.md; those of other files stay.
 """
 

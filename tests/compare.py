@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Compare a trained network with the predictions of another one on the CIFAR-10 test images.
+"""Compare a trained network with the predictions of another one on the same test images.
 
-    python tests/compare.py results/cifar10-default/best.pt PREDICTIONS.json
+    python tests/compare.py results/cifar10-default/best.pt PREDICTIONS.json > against-OTHER.txt
 
-PREDICTIONS.json is a list of 10,000 class indices in the order of `test_batch`, as the authors of
-CIFAR-10.1 publish them (https://github.com/modestyachts/CIFAR-10.1). Prints both error rates and
-McNemar's test (with continuity correction) for a single view and for 10 views, and the accuracy by
-class.
+PREDICTIONS.json is a list of class indices in the order of the test images, of CIFAR-10 those of
+`test_batch`, as the authors of CIFAR-10.1 publish them (https://github.com/modestyachts/CIFAR-10.1,
+model_predictions/original_predictions). Prints both error rates and McNemar's test (with continuity
+correction) for a single view and for all views of a test, and the accuracy by class.
 """
 
 import argparse
@@ -35,16 +35,23 @@ def main() -> None:
     parser.add_argument("predictions", type=Path)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     args = parser.parse_args()
-    device = script.choose_device("auto")
-    model, checkpoint = script.load_trained(args.checkpoint, device)
-    precision = script.choose_precision(checkpoint["config"].precision, device)
-    data = script.read_dataset("cifar10", args.data_dir)
-    constants = (data.classes, checkpoint["mean"], checkpoint["std"])
-    loader = script.CifarLoader(data.test_images, data.test_labels, *constants, device=device)
-    theirs = torch.tensor(json.loads(args.predictions.read_text())) == data.test_labels
+    classifier = script.Classifier(args.checkpoint)
+    config = classifier.trained["config"]
+    data = script.read_dataset(config.dataset, args.data_dir)
+    loader = classifier.loader(data.test_images, data.test_labels)
+    predicted = torch.tensor(json.loads(args.predictions.read_text()))
+    if len(predicted) != len(data.test_labels):
+        parser.error(f"{len(predicted)} predictions for {len(data.test_labels)} test images")
+    theirs = predicted == data.test_labels
+    all_views = script.VIEWS[config.augment]
+    ways = {"single view": [script.CENTER]}
+    if len(all_views) > 1:
+        ways[f"{len(all_views)} views"] = all_views
     correct = {}
-    for name, views in (("single view", None), ("10 views", script.TEN_VIEWS)):
-        test = script.evaluate_model(model, loader, precision=precision, views=views)
+    for name, views in ways.items():
+        test = script.evaluate_model(
+            classifier.model, loader, precision=classifier.precision, views=views
+        )
         ours = correct[name] = test.log_probabilities.argmax(1) == data.test_labels
         a, b = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
         errors = [100 - 100 * right.double().mean().item() for right in (ours, theirs)]
@@ -52,7 +59,8 @@ def main() -> None:
             f"{name:<12} error {errors[0]:.2f} %, theirs {errors[1]:.2f} %; "
             f"only we are right {a}, only they {b}, McNemar p = {mcnemar(a, b):.2g}"
         )
-    print(f"\n{'accuracy (%)':<14}{'single view':>12}{'10 views':>12}{'theirs':>12}")
+    titles = "".join(f"{title:>12}" for title in (*ways, "theirs"))
+    print(f"\n{'accuracy (%)':<14}{titles}")
     for label, name in enumerate(data.classes):
         of_class = data.test_labels == label
         accuracies = [100 * r[of_class].double().mean().item() for r in (*correct.values(), theirs)]

@@ -123,10 +123,16 @@ def batch_facts(data: script.Dataset) -> None:
     print(f"test batch: {sorted(set(data.test_labels.bincount().tolist()))} of each class")
 
 
-def encoding_facts(data: script.Dataset, count: int) -> Iterator[dict]:
-    """The best network on test images that were written as files and read again."""
-    classifier = script.Classifier(ROOT / "results" / "cifar10-best" / "best.pt")
+def best_of(folder: str, precision: str) -> script.Classifier:
+    """A published network, made fast; with precision "" as it was trained, where that is possible."""
+    classifier = script.Classifier(ROOT / "results" / folder / "best.pt", precision=precision)
     script.speed_up_lrn(classifier.model, "auto", classifier.device, classifier.precision)
+    return classifier
+
+
+def encoding_facts(data: script.Dataset, count: int, precision: str) -> Iterator[dict]:
+    """The best network on test images that were written as files and read again."""
+    classifier = best_of("cifar10-best", precision)
     labels = [data.classes[label] for label in data.test_labels[:count]]
     for name, (side, kind, options) in ENCODINGS.items():
         files = []
@@ -142,17 +148,16 @@ def encoding_facts(data: script.Dataset, count: int) -> Iterator[dict]:
         yield {"stored as": name, "error (%)": error}
 
 
-def mistakes(folder: str, data: script.Dataset) -> tuple[Tensor, Tensor]:
+def mistakes(folder: str, data: script.Dataset, precision: str) -> tuple[Tensor, Tensor]:
     """Which test images a published network has wrong, and the log probability of its class."""
-    classifier = script.Classifier(ROOT / "results" / folder / "best.pt")
-    script.speed_up_lrn(classifier.model, "auto", classifier.device, classifier.precision)
+    classifier = best_of(folder, precision)
     loader = classifier.loader(data.test_images, data.test_labels)
     result = script.evaluate_model(classifier.model, loader, precision=classifier.precision)
     confidence, predicted = result.log_probabilities.max(1)
     return predicted != result.labels, confidence
 
 
-def label_errors(data: script.Dataset, path: Path) -> None:
+def label_errors(data: script.Dataset, path: Path, precision: str) -> None:
     """How many mistakes of CIFAR-10's best network are on cleanlab's list of label errors."""
     entries = json.loads(path.read_text())
     candidates = torch.zeros(len(data.test_labels), dtype=torch.bool)
@@ -160,7 +165,7 @@ def label_errors(data: script.Dataset, path: Path) -> None:
     for entry in entries:
         candidates[entry["id"]] = True
         disputed[entry["id"]] = entry["mturk"]["given"] < 3  # of five people
-    wrong, confidence = mistakes("cifar10-best", data)
+    wrong, confidence = mistakes("cifar10-best", data, precision)
     surest = confidence.masked_fill(~wrong, -torch.inf).topk(100).indices
     print(f"label errors: {int(candidates.sum())} candidates, {int(disputed.sum())} disputed")
     print(f"cifar10-best has {int(wrong.sum())} wrong, {int((wrong & candidates).sum())} of them")
@@ -169,14 +174,14 @@ def label_errors(data: script.Dataset, path: Path) -> None:
     print(f"{100 * wrong[~disputed].double().mean().item():.2f} %")
 
 
-def known_duplicates(data: script.Dataset, path: Path) -> None:
+def known_duplicates(data: script.Dataset, path: Path, precision: str) -> None:
     """The error of CIFAR-100's best network with and without the test images of ciFAIR's list."""
     listed = torch.zeros(len(data.test_labels), dtype=torch.bool)
     for line in path.read_text().splitlines():
         first = line.split(",")[0]
         if first.strip().isdigit():
             listed[int(first)] = True
-    wrong, _ = mistakes("cifar100-best", data)
+    wrong, _ = mistakes("cifar100-best", data, precision)
     for name, mask in (("listed", listed), ("the others", ~listed), ("all", listed | ~listed)):
         count = int(mask.sum())
         error = 100 * wrong[mask].double().mean().item()
@@ -192,6 +197,7 @@ def main() -> None:
     )
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     parser.add_argument("--images", type=int, default=2000, help="test images to encode")
+    parser.add_argument("--precision", default="", help="fp32 or bf16 (default: as trained)")
     parser.add_argument("--cifair", type=Path, help="meta/duplicates_cifar100.csv of cvjena/cifair")
     parser.add_argument("--label-errors", type=Path, help="cifar10_mturk.json of label-errors")
     args = parser.parse_args()
@@ -204,10 +210,11 @@ def main() -> None:
     for name, data in data_sets.items():
         gray_facts(name, data)
     if args.label_errors:
-        label_errors(data_sets["CIFAR-10"], args.label_errors)
+        label_errors(data_sets["CIFAR-10"], args.label_errors, args.precision)
     if args.cifair:
-        known_duplicates(data_sets["CIFAR-100"], args.cifair)
-    print(markdown([*encoding_facts(data_sets["CIFAR-10"], args.images)]), flush=True)
+        known_duplicates(data_sets["CIFAR-100"], args.cifair, args.precision)
+    encoded = encoding_facts(data_sets["CIFAR-10"], args.images, args.precision)
+    print(markdown([*encoded]), flush=True)
     rows = []
     for name, data in data_sets.items():
         rows += pair_facts(name, data)

@@ -53,8 +53,9 @@ def main() -> None:
     model, checkpoint = script.load_trained(args.checkpoint, torch.device("cpu"))
     config = checkpoint["config"]
     _, loader, _ = script.get_cifar_data_loaders(
-        128, config.dataset, args.data_dir, config.val_size, inputs=config.inputs
-    )
+        128, config.dataset, args.data_dir, config.val_size, inputs=config.inputs,
+        crop_size=script.input_size(model), statistics=(checkpoint["mean"], checkpoint["std"]),
+    )  # fmt: skip
     if loader is None:
         parser.error(f"{args.checkpoint} was trained with --val-size 0: no images are held out")
     kind = script.LocalResponseNormalization

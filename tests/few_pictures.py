@@ -6,7 +6,7 @@
 
 The pictures are drawn anew for every seed, a tenth of them is held out to choose the epoch. `--recipe few` with and without
 `--init-from results/cifar100-best/best.pt`; the test is on the first 2,000 test images. One process, the runs one after
-another.
+another. Runs that the file has already are not made again: `--json FILE` makes all of them anew.
 """
 
 import argparse
@@ -46,23 +46,28 @@ def run(data: ck.Dataset, source: Path | None, seed: int, **settings: object) ->
         return ck.train(ck.Config(**values))
 
 
-def store(name: str, summary: dict, rows: list[dict]) -> None:
-    """Write the rows so far, so that a stopped script leaves what it has."""
-    content = {
-        "torch_version": summary["torch_version"],
-        "processor": summary["processor"],
-        "threads": summary["threads"],
-        "runs": rows,
-    }
-    (ROOT / "results" / name).write_text(json.dumps(content, indent=1) + "\n")
+def stored(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {"runs": []}
 
 
-def search(whole: ck.Dataset, seeds: int) -> None:
+def store(path: Path, row: dict, summary: dict) -> None:
+    """Add a row to the file, so that a stopped script leaves what it has."""
+    for key in ("precision_used", "processor", "threads", "torch_version"):
+        row[key] = summary[key]
+    print(row, file=sys.stderr)
+    content = stored(path)
+    content["runs"].append(row)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def search(whole: ck.Dataset, seeds: int, path: Path) -> None:
     """Learning rates, on other pictures than the final ones."""
-    rows = []
+    done = {(row["lr"], row["init"], row["seed"]) for row in stored(path)["runs"]}
     for rate in (0.003, 0.01, 0.03):
         for source in (None, SOURCE):
             for seed in range(100, 100 + seeds):
+                if (rate, bool(source), seed) in done:
+                    continue
                 data = draw(whole, 50, seed)
                 summary = run(data, source, seed, lr=rate, no_test=True)
                 row = {
@@ -73,19 +78,12 @@ def search(whole: ck.Dataset, seeds: int) -> None:
                     "val_accuracy": summary["best_val_accuracy"],
                     "last_val_accuracy": summary["last_val_accuracy"],
                 }
-                rows.append(row)
-                print(row, file=sys.stderr)
-                store("few-search.json", summary, rows)
+                store(path, row, summary)
 
 
-def compare(whole: ck.Dataset, seeds: int) -> None:
-    """Test errors with and without the trained weights, on the same pictures.
-
-    Runs that few-pictures.json has already are not made again.
-    """
-    path = ROOT / "results" / "few-pictures.json"
-    rows = json.loads(path.read_text())["runs"] if path.exists() else []
-    done = {(row["seed"], row["per_class"], row["init"]) for row in rows}
+def compare(whole: ck.Dataset, seeds: int, path: Path) -> None:
+    """Test errors with and without the trained weights, on the same pictures."""
+    done = {(row["seed"], row["per_class"], row["init"]) for row in stored(path)["runs"]}
     for seed in range(seeds):
         for per_class in (10, 50, 100):
             data = draw(whole, per_class, seed)
@@ -102,9 +100,7 @@ def compare(whole: ck.Dataset, seeds: int) -> None:
                     "best_val_accuracy": summary["best_val_accuracy"],
                     "training_seconds": summary["training_seconds"],
                 }
-                rows.append(row)
-                print(row, file=sys.stderr)
-                store("few-pictures.json", summary, rows)
+                store(path, row, summary)
 
 
 def main() -> None:
@@ -112,14 +108,15 @@ def main() -> None:
     parser.add_argument("--data-dir", default=str(ROOT / "data"))
     parser.add_argument("--search", action="store_true", help="learning rates, without a test")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="the file (default: that of results/)")
     args = parser.parse_args()
     whole = ck.read_dataset("cifar10", args.data_dir)
     some = {"test_images": whole.test_images[:2000], "test_labels": whole.test_labels[:2000]}
     whole = whole._replace(**some)
     if args.search:
-        search(whole, args.seeds)
+        search(whole, args.seeds, args.json or ROOT / "results" / "few-search.json")
     else:
-        compare(whole, args.seeds)
+        compare(whole, args.seeds, args.json or ROOT / "results" / "few-pictures.json")
 
 
 if __name__ == "__main__":

@@ -179,6 +179,8 @@ LIBRARIES: dict[str, tuple[str, str, Callable[..., np.ndarray]]] = {
 def outcome(apply: Callable[[], str]) -> str:
     try:
         return apply()
+    except ImportError:  # of another package, which says nothing about this one
+        raise
     except Exception as refusal:
         print(f"  {type(refusal).__name__}: {str(refusal)[:150]}", file=sys.stderr)
         return "refused"
@@ -213,7 +215,10 @@ def main() -> None:
             print(f"{name}: not installed", file=sys.stderr)
             continue
         print(name, file=sys.stderr)
-        rows[name] = measure(name)
+        try:
+            rows[name] = measure(name)
+        except ImportError as error:
+            print(f"  not measured: {error}", file=sys.stderr)
     rows = [rows[name] for name in LIBRARIES if name in rows]
     path.write_text(json.dumps({"rows": rows}, indent=2, ensure_ascii=False) + "\n")
 

@@ -7,7 +7,7 @@ Points for the recipes on CIFAR-10, at the minutes of the table: mean and standa
 seeds, on whatever machine; a green one over those on the GPU where all five ran there too. The four
 results that the page of cuda-convnet gave in 2012, joined to ours of the same networks, on as many
 views. The default recipe at the speed of the script that is listed in the architecture document,
-whose images per second stand beside ours in speed.json.
+whose images per second stand beside ours in speed-xeon.json.
 """
 
 import statistics
@@ -44,7 +44,7 @@ def main() -> None:
             on_gpu = load(f"{folder}-h100/seed?/summary.json")
             draw(axes, on_gpu or runs, minutes, name, "tab:green")
         if name == "default":
-            speeds = load("speed.json")[0]["results"]["listed"]
+            speeds = load("speed-xeon.json")[0]["results"]["listed"]
             speed = statistics.median(run["images_per_second"] for run in speeds)
             slow = runs[0]["epochs"] * runs[0]["train_images"] / speed / 60
             axes.plot(slow, runs[0]["test_error"], "s", color="tab:gray")

@@ -46,7 +46,15 @@ ALONE = {  # the runs that had the machine to themselves
 }  # fmt: skip
 MACHINES = {"AMD EPYC": "EPYC", "Intel(R) Xeon(R) Processor": "Xeon"}
 MACHINES |= {"NVIDIA H100 80GB HBM3": "H100"}
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, of n differences
+STUDENT_T = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+}  # two-sided 95 %, of n differences
 
 
 def load(pattern: str) -> list[dict]:
