@@ -53,18 +53,23 @@ def main() -> None:
             axes.annotate(text, (slow, runs[0]["test_error"]), (8, 8), **place)
     for name, (_, error, views, minutes) in NETWORKS_OF_2012.items():
         then = float(minutes)
-        axes.plot(then, error, "^", color="tab:red")
+        filling = "tab:red" if views == 1 else "white"
+        axes.plot(then, error, "^", color="tab:red", mfc=filling)
         runs = load(f"cifar10-{name}/**/summary.json")
         if runs:
             key = "test_error" if views == 1 else "test_error_multi_view"
-            ours, now = statistics.mean(run[key] for run in runs), minutes_on_two_cores(name)
+            errors = [run[key] for run in runs]
+            ours = statistics.mean(errors)
+            std = statistics.stdev(errors) if len(errors) > 1 else 0
+            now = minutes_on_two_cores(name)
             axes.plot([then, now], [error, ours], color="tab:red", lw=0.8)
-            axes.plot(now, ours, "o", color="tab:red")
+            axes.errorbar(now, ours, yerr=std, fmt="o", color="tab:red", mfc=filling, capsize=3)
         place = {"textcoords": "offset points", "color": "tab:red"}
-        axes.annotate(f"{name} ({error} %)", (then, error), (-4, 6), **place)
+        ours = f", ours n = {len(runs)}" if runs else ""
+        axes.annotate(f"{name} ({error} %{ours})", (then, error), (-4, 6), **place)
     axes.plot([], [], "o", color="tab:blue", label="this script on two CPU cores")
     axes.plot([], [], "o", color="tab:green", label="this script on an NVIDIA H100")
-    axes.plot([], [], "o", color="black", mfc="white", label="the same networks, ten views")
+    axes.plot([], [], "o", color="black", mfc="white", label="hollow: on ten views")
     axes.plot([], [], "^", color="tab:red", label="his networks on one GPU, 2012")
     axes.plot([], [], "o", color="tab:red", label="his networks, this script, two CPU cores")
     axes.legend(frameon=False)

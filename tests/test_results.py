@@ -116,8 +116,9 @@ def test_the_epochs_of_metrics_csv_belong_to_the_summary(name):
 
 def test_the_readme_says_how_much_easier_the_held_out_tenth_is():
     gaps = []
-    for run in RUNS.values():
-        if run["dataset"] == "cifar10" and run["val_size"]:
+    for name, run in RUNS.items():
+        is_twice = name == "cifar10-short-h100"  # its seed0 is the same run
+        if run["dataset"] == "cifar10" and run["val_size"] and not is_twice:
             gaps.append(run["best_val_accuracy"] - (100 - run["test_error"]))
     page = " ".join((ROOT / "README.md").read_text().split())
     (said,) = re.findall(r"happens to be ([\d.]+) points easier .*? \(mean of (\d+) runs\)", page)
@@ -126,29 +127,21 @@ def test_the_readme_says_how_much_easier_the_held_out_tenth_is():
 
 def test_the_readme_says_what_the_pairs_of_11pct_show():
     page = " ".join((ROOT / "README.md").read_text().split())
-    keys = ("test_error_multi_view", "test_error")
     errors = {}
     for folder in ("10", "10-none", "140", "140-none"):
         runs = [RUNS[name] for name in sorted(RUNS) if name.startswith(f"ablation-11pct-{folder}/")]
-        errors[folder] = [[run[key] for run in runs] for key in keys]
-    said = r"it has ([\d.]+) % error on ten views, ([\d.]+) without \(difference (\S+), "
-    said += r"95 % interval (\S+) to (\S+), n = (\d)\)\. After 140 three seeds cannot tell: "
-    said += r"([\d.]+) and ([\d.]+), on one view ([\d.]+) and ([\d.]+)\."
+        errors[folder] = [run["test_error_multi_view"] for run in runs]
+    said = r"on ten views ([\d.]+) % after ten epochs, ([\d.]+) without "
+    said += r"\((\S+), 95 % interval (\S+) to (\S+), n = (\d)\)\. "
+    said += r"After 140 it has ([\d.]+) and ([\d.]+) \((\S+), (\S+) to (\S+), n = (\d)\)"
     (numbers,) = re.findall(said, page)
-    with_lrn, without = errors["10"][0], errors["10-none"][0]
-    difference = make_tables.paired_difference(with_lrn, without)
-    assert numbers == (
-        f"{statistics.mean(with_lrn):.2f}",
-        f"{statistics.mean(without):.2f}",
-        *re.findall(r"[-+][\d.]+", difference),
-        str(len(with_lrn)),
-        *(
-            f"{statistics.mean(errors[folder][view]):.2f}"
-            for view in (0, 1)
-            for folder in ("140", "140-none")
-        ),
-    )
-    assert len(errors["140"][0]) == len(errors["140-none"][0]) == 3
+    expected = []
+    for folder in ("10", "140"):
+        with_lrn, without = errors[folder], errors[f"{folder}-none"]
+        difference = make_tables.paired_difference(with_lrn, without)
+        expected += [f"{statistics.mean(with_lrn):.2f}", f"{statistics.mean(without):.2f}"]
+        expected += [*re.findall(r"[-+][\d.]+", difference), str(len(with_lrn))]
+    assert list(numbers) == expected
 
 
 def test_the_search_for_hyperparameters_never_saw_the_test_set():
