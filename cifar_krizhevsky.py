@@ -52,6 +52,7 @@ import shlex
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import textwrap
 import time
@@ -766,7 +767,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # fails here, not after an epoch
     device = choose_device(config.device)
-    check_processes(config, device)
+    check_processes(config, device, run)
     precision = choose_precision(config.precision, device)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for CUDA's matrix products
@@ -803,7 +804,6 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         config,
         milestones=milestones,
         precision=precision,
-        compile="auto" if compiled or has_graphs else "off",
         val_size=len(val_loader.labels) if val_loader else 0,
         output_dir=str(folder),
         resume=None,
@@ -911,9 +911,17 @@ def check_recipe(config: Config, named: Collection[str]) -> None:
         raise UserError(f"recipe={config.recipe!r} is only a name: use {way}, with your changes")
 
 
-def check_processes(config: Config, device: torch.device) -> None:
-    """Raise UserError if torchrun's processes cannot share a batch equally; note what differs."""
+def check_processes(config: Config, device: torch.device, run: dict[str, Any]) -> None:
+    """Raise UserError if torchrun's processes cannot share a batch equally, or see different runs.
+
+    Notes what else differs.
+    """
     size = world().size
+    epochs = [run["epoch"]] * size
+    if size > 1:
+        distributed.all_gather_object(epochs, run["epoch"])
+    if len(set(epochs)) > 1:
+        raise UserError("the processes see different runs: the nodes need one folder, shared", 2)
     if config.batch_size % size:
         raise UserError(f"--batch-size {config.batch_size}: not divisible by {size} processes", 2)
     if size > 1 and device.type == "cpu" and config.model == "compact":
@@ -1797,6 +1805,9 @@ def restore(
         check_unchanged(f"the schedule of {path}", scheduler, planned, run["scheduler"])
         optimizer.load_state_dict(run["optimizer"])
         scheduler.load_state_dict(run["scheduler"])
+    for parameter, state in optimizer.state.items():  # MPS has another layout than CUDA
+        if state.get("momentum_buffer") is not None:
+            state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
 
 
 def rebuild(checkpoint: dict[str, Any], path: Path) -> nn.Module:
@@ -2744,6 +2755,8 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Any]:
     def write(lrn: nn.Module, out: Tensor, *rows: Tensor) -> None:
         out.copy_(function(lrn, *rows))
 
+    # each has a code of its own, since torch.compile stops after eight graphs of one code
+    write.__code__ = write.__code__.replace(co_name=function.__name__)
     return torch.compile(write, dynamic=False)
 
 
@@ -2969,7 +2982,7 @@ class CudaGraphs(nn.Module):
         warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # the recording's
         try:
             with torch.autocast("cuda", torch.bfloat16, precision == "bf16", cache_enabled=False):
-                torch.cuda.make_graphed_callables(model.train(), (images,))
+                torch.cuda.make_graphed_callables(model.train(), (images,), allow_unused_input=True)
         except Exception as error:
             why = f"CUDA cannot record this network ({reason(error.__context__ or error)})"
             raise UserError(f"{why}: --compile off or a smaller --batch-size may help") from None
@@ -3453,6 +3466,8 @@ def join_torchrun(config: Config) -> None:
         device = choose_device(config.device)
     except UserError as error:  # of this process: each has its own
         raise UserError(str(error)) from None
+    if device.type == "mps":
+        raise UserError("torchrun trains on CUDA or CPUs: --device cpu", 2)
     has_nccl = device.type == "cuda" and distributed.is_nccl_available()
     backend = "nccl" if has_nccl else "gloo"
     distributed.init_process_group(backend, timeout=timedelta(hours=12))
@@ -3501,7 +3516,8 @@ def command_of(passed: dict[str, Any]) -> str:
     words = ["python"]
     if world().size > 1 and "checkpoint" not in passed:
         words = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
-    words.append(sys.argv[0] if sys.argv[0].endswith(".py") else "cifar_krizhevsky.py")
+    is_this_file = Path(sys.argv[0]).name == Path(globals().get("__file__", "")).name
+    words.append(sys.argv[0] if is_this_file else "cifar_krizhevsky.py")  # not a notebook's kernel
     for name, value in passed.items():
         if value is None or value is False:
             continue
@@ -3510,7 +3526,7 @@ def command_of(passed: dict[str, Any]) -> str:
             words += map(str, value)
         elif value is not True and value != "":
             words.append(str(value))
-    return shlex.join(words)
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -3766,6 +3782,9 @@ def run_command(config: Config, passed: dict[str, Any]) -> int:
     return 0
 
 
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|not enough memory|ALLOC_FAILED")
+
+
 def explain(error: BaseException, config: Config, passed: dict[str, Any]) -> tuple[int, str]:
     """The exit code and the line for what a user can fix; anything else is a bug, and raised."""
     if isinstance(error, KeyboardInterrupt):
@@ -3778,12 +3797,13 @@ def explain(error: BaseException, config: Config, passed: dict[str, Any]) -> tup
     if isinstance(error, UserError):
         return error.exit_code, f"error: {error}"
     if isinstance(error, ImportError):
-        way = f": python -m pip install {error.name}" if error.name else ""
+        package = "pillow" if error.name == "PIL" else error.name
+        way = f": python -m pip install {package}" if package else ""
         return 1, f"error: {error}{way}"
     if isinstance(error, OSError):
         where = f"{error.filename or 'the output'}: {error.strerror}"
         return 1, f"error: {where if error.strerror else error}"
-    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
         return 1, "error: out of memory: try a smaller --batch-size, --device cpu or fewer images"
     if world().size > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
         return 1, f"error: another process of this run has ended ({reason(error)})"
@@ -3816,7 +3836,7 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # not pasted into a notebook's cell
     exit_code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt Python's end
     sys.exit(exit_code)

@@ -312,7 +312,7 @@ def test_the_note_about_a_compiler_says_what_is_wrong_with_it(ck, capsys):
 def test_cuda_replays_batches_of_one_shape_in_training_and_leaves_the_model_as_it_was(
     ck, monkeypatch
 ):
-    def record(model: nn.Module, samples: tuple[torch.Tensor]) -> None:
+    def record(model: nn.Module, samples: tuple[torch.Tensor], **_: object) -> None:
         forward = model.forward
         forward(*samples)
         model.forward = lambda x: "replayed" if model.training else forward(x)

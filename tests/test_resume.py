@@ -183,6 +183,8 @@ def test_a_run_from_another_machine_continues_with_a_note_on_its_bits(halfway, w
     (note,) = [line for line in out.splitlines() if "bit for bit" in line]
     assert note.startswith("note: ") and "threads" in note
     assert differences(halfway, whole) == []
+    first = read(halfway / "last.pt")["optimizer"]["state"][0]["momentum_buffer"]
+    assert first.is_contiguous(memory_format=torch.channels_last)  # as CUDA's kernel wants it
 
 
 def test_a_second_experiment_needs_no_flag_and_the_newest_is_continued(flags, tmp_path):
