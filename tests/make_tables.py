@@ -325,9 +325,7 @@ def calibration() -> Iterator[dict]:
         test = entry["test"]
         held_out = entry.get("held_out", {})
         temperature = f"{entry['temperature']:.3f}"
-        if "temperature_of" in entry:
-            temperature += f" (of `{entry['temperature_of']}`)"
-        elif not held_out:
+        if not held_out and "temperature_of" not in entry:
             temperature = "1 (none held out)"
         yield {
             "folder": f"`{Path(entry['file']).parent}`",
