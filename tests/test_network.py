@@ -468,6 +468,20 @@ def test_nothing_is_compiled_after_the_trial(ck, networks, images):
     model.zero_grad()
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+def test_more_layers_are_compiled_than_torch_compile_keeps_graphs_of_one_function(ck):
+    torch._dynamo.reset()
+    counters.clear()
+    layers = []
+    for channels in (4, 8, 12):
+        lrn = ck.LocalResponseNormalization(5, 1.0, 0.75, 1.0)
+        layers += [nn.LazyConv2d(channels, 3, padding=1), nn.ReLU(), lrn]
+    model = nn.Sequential(*layers)
+    model(rand(2, 3, 32, 32))
+    assert ck.speed_up_lrn(model, "auto", "cpu", "fp32")
+    assert counters["stats"]["unique_graphs"] == 3 * 3  # each has three passes
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="another compiler")
 def test_without_a_compiler_a_run_trains_with_a_note(small, tmp_path):
     program = f"import cifar_krizhevsky as ck; flags = {[*map(str, quick_flags(small))]}\n"
