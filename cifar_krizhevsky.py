@@ -810,11 +810,11 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     )
     print_run(config, loaders, model, scheduler, hardware)
     is_finished = run["epoch"] == config.epochs
-    if is_resumed and not is_finished:
-        print_resumed(run, hardware)
     if is_finished:  # it is only tested again, and keeps how it was trained
         config = replace(config, device=run["config"].device, compile=run["config"].compile)
     else:
+        if is_resumed:
+            print_resumed(run, hardware)
         run["hardware"] = hardware
         run["command"] = command
         run["setup_seconds"] = time.perf_counter() - started
