@@ -25,7 +25,7 @@ with bf16, or on an H100:
     --recipe best                 200     9.82 ± 0.22     8.94 ± 0.24     3          3.0
     --dataset cifar100            200    41.38           38.87            1
     ... --recipe best             200    34.91           33.04            1
-    --recipe 80sec                 10    25.57 ± 0.28    (26: as he published it)    5
+    --recipe 80sec                 10    25.57 ± 0.28    (26: his own)    5
 
 LRN and the ten views are from Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep
 Convolutional Neural Networks", 2012, and cuda-convnet, which has the networks of 2012. The layer
@@ -170,7 +170,7 @@ RECIPES = {  # test error on CIFAR-10, one view, in %
     "few": {  # for --init-from with some hundred pictures of one's own
         **BASE, "epochs": 60, "batch_size": 32, "lr": 0.01, "milestones": [0.6, 0.85], "gamma": 0.2,
     },
-    # Krizhevsky's own of 2012, named after what he published; errors of 13pct, 11pct: on ten views
+    # Krizhevsky's own of 2012, named after what he published, of 13pct and 11pct on ten views
     "80sec": {  # 25.6
         **OF_2012, "model": "80sec", "augment": "none", "epochs": 10, "milestones": [0.8],
     },
@@ -237,6 +237,23 @@ def derive_seed(*keys: int) -> int:
 
 def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def flag_words(name: str, value: Any) -> list[str]:
+    """A setting on a command line; nothing for None and False, the flag alone for True and ""."""
+    if value is None or value is False:
+        return []
+    words = [flag_name(name)]
+    if isinstance(value, list):
+        words += map(str, value)
+    elif value is not True and value != "":
+        words.append(str(value))
+    return words
+
+
+def as_flag(name: str, value: Any) -> str:
+    """A setting in a message: "--lr 0.1", or "no --dropout" for None and False."""
+    return " ".join(flag_words(name, value)) or f"no {flag_name(name)}"
 
 
 def reason(error: BaseException) -> str:
@@ -376,12 +393,34 @@ def takes_lrn(name: str) -> bool:
 def input_size(network: nn.Module) -> int:
     """The side of the images that a network takes, which the loader crops.
 
-    Raises UserError if it leaves other than 9 x 9 places, or is larger than the images.
+    Raises UserError if it is odd, or not 24 to 32: its crops would not have 9 x 9 places.
     """
     size = getattr(network, "input_size", 32)
     if not 24 <= size <= 32 or size % 2:
         raise UserError(f"the network's input_size must be even, 24 to 32, not {size}", 2)
     return size
+
+
+def probe(model: nn.Module) -> Tensor | None:
+    """The logits (2, classes) of two fixed images, by which an edited network is noticed.
+
+    The model is on the CPU. None where there is a GPU and it runs only there.
+    """
+    size = input_size(model)
+    values = torch.arange(2 * 3 * size * size, dtype=torch.float64)
+    images = 30 * values.sin().float().view(2, 3, size, size)
+    is_training = model.training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)  # for a forward that draws random numbers
+        try:
+            logits = model.eval()(images.contiguous(memory_format=torch.channels_last))
+        except Exception:
+            if torch.cuda.is_available() or torch.backends.mps.is_available():
+                return None
+            raise
+        finally:
+            model.train(is_training)
+    return logits.float()
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -405,35 +444,13 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     return model
 
 
-def probe(model: nn.Module) -> Tensor | None:
-    """The logits (2, classes) of two fixed images: do they have that shape, are they as before?
-
-    The model is on the CPU. None where there is a GPU and it runs only there.
-    """
-    size = input_size(model)
-    values = torch.arange(2 * 3 * size * size, dtype=torch.float64)
-    images = 30 * values.sin().float().view(2, 3, size, size)
-    is_training = model.training
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)  # for a forward that draws random numbers
-        try:
-            logits = model.eval()(images.contiguous(memory_format=torch.channels_last))
-        except Exception:
-            if torch.cuda.is_available() or torch.backends.mps.is_available():
-                return None
-            raise
-        finally:
-            model.train(is_training)
-    return logits.float()
-
-
 # ---- Data ----------------------------------------------------------------------------------------
 
 PLACES = 9  # a crop begins at one of 9 x 9 places: see CifarLoader
 EVAL_BATCH_SIZE = 250
 
 View = tuple[int, int, bool]  # top and left edge of the crop, each 0 to 8; flipped or not
-CENTER = (4, 4, False)
+CENTER = (4, 4, False)  # the first in every list of views
 FIVE_VIEWS = [CENTER, (0, 0, False), (0, 8, False), (8, 0, False), (8, 8, False)]
 TEN_VIEWS = FIVE_VIEWS + [(y, x, True) for y, x, _ in FIVE_VIEWS]
 VIEWS = {"crop-flip": TEN_VIEWS, "crop": FIVE_VIEWS, "none": [CENTER]}  # of a test, by --augment
@@ -525,7 +542,7 @@ class CifarLoader:
         return self._batches(plan, rank, world_size)
 
     def view(self, y: int, x: int, flipped: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in their order, each cropped at the place (y, x), 0 to 8; for each process."""
+        """All images in their order, each cropped at the place (y, x), 0 to 8; all of them in every process."""
         count = len(self.labels)
         plan = torch.tensor([[0], [y], [x], [flipped]]).repeat(1, count)
         plan[0] = torch.arange(count)
@@ -552,8 +569,8 @@ class Dataset(NamedTuple):
     """Images (N, 3, 32, 32) uint8 and labels (N,) int64, and what goes with them.
 
     A folder of pictures may lack test images (None), and have validation images of its own. `white`
-    is what white is in its pictures of more than 8 bits: see `read_picture`. `files_digest` is of
-    the bytes and classes of its files, in their order.
+    is what white is in its pictures of more than 8 bits: see `read_picture`. The digests are of the
+    bytes and classes of its files, in their order: of all, and without those of test.
     """
 
     images: Tensor
@@ -567,6 +584,7 @@ class Dataset(NamedTuple):
     val_labels: Tensor | None = None
     white: dict[str, float] = {}
     files_digest: str = ""
+    digest_without_test: str = ""
     test_paths: list[str] | None = None  # if each test image has a file
 
 
@@ -646,17 +664,6 @@ def make_loaders(
     return train_loader, val_loader, test_loader
 
 
-def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and std of each color over (N, 3, H, W) uint8 images, for values in 0..1."""
-    means = []
-    stds = []
-    for color in images.unbind(1):
-        std, mean = torch.std_mean(color.double() / 255, correction=0)
-        means.append(mean.item())
-        stds.append(max(std.item(), 1 / 255))  # never 0
-    return means, stds
-
-
 def validation_split(labels: Tensor, val_size: int | None = None) -> Tensor:
     """A mask (N,) of the images to hold out: of each class in proportion, never its last image.
 
@@ -685,7 +692,7 @@ def validation_split(labels: Tensor, val_size: int | None = None) -> Tensor:
 
 
 def hold_out(data: Dataset, val_size: int | None) -> Dataset:
-    """The data set with these training images as its validation images: see `validation_split`."""
+    """The data set with this many training images held out: see `validation_split`."""
     held_out = validation_split(data.labels, val_size)
     return data._replace(
         images=data.images[~held_out],
@@ -738,8 +745,8 @@ def train_one_epoch(
 
 # `run`, the state of a run, is a dict, and last.pt is it (there the Config is a dict too). Its keys:
 #   from new_run     asked (the Config as it was asked for), epoch, history, best_epoch, best_model,
-#                    best_probe; with --init-from also initial (weights to copy) and, if they fit,
-#                    statistics
+#                    best_probe; with --init-from also initial (that file's content) and, if they
+#                    fit, statistics
 #   from train       config, hardware, command, setup_seconds, classes, white, statistics (mean and
 #                    std)
 #   from store       model, probe, optimizer, scheduler
@@ -767,7 +774,7 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # fails here, not after an epoch
     device = choose_device(config.device)
-    check_processes(config, device, run)
+    check_processes(config, run)
     precision = choose_precision(config.precision, device)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for CUDA's matrix products
@@ -775,27 +782,29 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     data = read_run_data(config, named, run, f"{folder}/last.pt")
     model = build_model(config, len(data.classes))
     plain_model = build_model(config, len(data.classes))  # stays on the CPU as it is, for `probe`
-    if "initial" in run:
-        copy_weights(run.pop("initial"), model, data.classes, config.init_from)
     loaders = make_loaders(
         data, config.batch_size, config.val_size, config.seed, device, config.inputs,
         config.augment, input_size(model), run.get("statistics"),
     )  # fmt: skip
     train_loader, val_loader, _ = loaders
+    if "initial" in run:
+        initial = run.pop("initial")
+        copy_weights(initial, model, data.classes, config.init_from)
+        note_seen_images(initial["config"], config, val_loader)
     tune_glibc_malloc()
     model = model.to(device, memory_format=memory_format(device))
     model, train_model, compiled = accelerate(model, config, device, precision, train_loader)
-    has_graphs = isinstance(train_model, CudaGraphs)
-    hardware = describe_hardware(device, precision, compiled) | {"cuda_graphs": has_graphs}
+    hardware = describe_hardware(device, precision, compiled)
+    hardware["cuda_graphs"] = isinstance(train_model, CudaGraphs)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     groups = parameter_groups(model, config.lr, config.weight_decay)
     optimizer = optim.SGD(groups, momentum=config.momentum)
     milestones = resolve_milestones(config.milestones, config.epochs)
     scheduler = optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
+    for group in optimizer.param_groups:
+        group["fused"] = True if device.type == "cuda" else None  # one kernel for a group's weights
     if is_resumed:
         restore(run, folder / "last.pt", model, optimizer, scheduler)
-    for group in optimizer.param_groups:  # after `restore`: last.pt may be of another device
-        group["fused"] = True if device.type == "cuda" else None  # one kernel for a group's weights
     check_data(run, data, loaders, config.dataset, folder)
 
     # All is checked: the folder is made, and what was chosen is stored, for a resumed run to keep
@@ -825,7 +834,9 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         statistics=(train_loader.mean, train_loader.std),
     )
     store(run, model, plain_model, optimizer, scheduler)
-    save_start(folder, run)
+    # a full disk is noticed now, not after an epoch; `report` writes a finished run's best.pt
+    save_run(folder, run, with_best=run["best_epoch"] > 0 and not is_finished)
+    remove_leftovers(folder, is_finished)
     stop.folder = folder
     writer = None
     if config.tensorboard and world().rank == 0:
@@ -868,10 +879,11 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
         run["history"].append(row)
         store(run, model, plain_model, optimizer, scheduler)
         run["best_epoch"] = find_best(run["history"], config.select)
-        if run["best_epoch"] == epoch:
+        is_best = run["best_epoch"] == epoch
+        if is_best:
             run["best_model"] = run["model"]
             run["best_probe"] = run["probe"]
-        save_epoch(folder, run)
+        save_run(folder, run, with_best=is_best)
         if epoch == first:
             print_header(row)
         print_epoch(run)
@@ -911,21 +923,17 @@ def check_recipe(config: Config, named: Collection[str]) -> None:
         raise UserError(f"recipe={config.recipe!r} is only a name: use {way}, with your changes")
 
 
-def check_processes(config: Config, device: torch.device, run: dict[str, Any]) -> None:
-    """Raise UserError if torchrun's processes cannot share a batch equally, or see different runs.
-
-    Notes what else differs.
-    """
+def check_processes(config: Config, run: dict[str, Any]) -> None:
+    """Raise UserError if torchrun's processes cannot share a batch equally, or see different runs."""
     size = world().size
-    epochs = [run["epoch"]] * size
-    if size > 1:
-        distributed.all_gather_object(epochs, run["epoch"])
+    if size == 1:
+        return
+    epochs = [0] * size
+    distributed.all_gather_object(epochs, run["epoch"])
     if len(set(epochs)) > 1:
         raise UserError("the processes see different runs: the nodes need one folder, shared", 2)
     if config.batch_size % size:
         raise UserError(f"--batch-size {config.batch_size}: not divisible by {size} processes", 2)
-    if size > 1 and device.type == "cpu" and config.model == "compact":
-        print("note: on CPUs each process normalizes its share of a batch by itself")
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -1150,7 +1158,7 @@ def score(
     log_probabilities: Tensor, labels: Tensor, criterion: nn.Module | None = None
 ) -> Evaluation:
     """The evaluation of log-probabilities (N, classes)."""
-    # which are logits too: their softmax is the probabilities again
+    # log-probabilities are logits too: their softmax is the probabilities again
     loss = (criterion or F.cross_entropy)(log_probabilities, labels).item()
     # stable: ties go to the lower class index
     ranked = log_probabilities.sort(dim=1, descending=True, stable=True).indices[:, :5]
@@ -1201,7 +1209,8 @@ def calibration_error(log_probabilities: Tensor, labels: Tensor) -> float:
 
 def wilson_interval(error: float, count: int) -> tuple[float, float]:
     """The 95 % interval of Wilson (1927) of an error in percent, measured on `count` images."""
-    z, p = 1.959964, error / 100
+    z = 1.959964
+    p = error / 100
     center = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     return 100 * max(0.0, center - half), 100 * min(1.0, center + half)
@@ -1245,8 +1254,7 @@ def compute_test_metrics(
     logits, labels = predict_logits(model, loader, precision=precision, views=views)
     rows_of_use = [views.index(view) for view in USE_VIEWS[augment]]
     logits_of_use = logits[rows_of_use]
-    logits_of_center = logits[[views.index(CENTER)]]
-    one_view = score(average_views(logits_of_center), labels)
+    one_view = score(average_views(logits[:1]), labels)
     multi = score(average_views(logits), labels)
     in_use = score(average_views(logits_of_use, temperature), labels)
     uncalibrated = average_views(logits_of_use)
@@ -1307,10 +1315,10 @@ def print_test(title: str, metrics: dict[str, Any]) -> None:
     for text, key in TEST_LINES.items():
         one_view_again = key == "test_error_multi_view" and metrics["test_views"] == 1
         if key in metrics and not one_view_again:
-            text = text.format(**metrics)
-            interval = metrics.get(f"{key}_interval")
-            interval = "  (95 % interval {:.2f} to {:.2f})".format(*interval) if interval else ""
-            print(f"  {text:<24} {metrics[key]:6.2f} %{interval}")
+            line = f"  {text.format(**metrics):<24} {metrics[key]:6.2f} %"
+            if interval := metrics.get(f"{key}_interval"):
+                line += "  (95 % interval {:.2f} to {:.2f})".format(*interval)
+            print(line)
     print(f"  loss                     {metrics['test_loss']:8.4f}")
     smallest = min(metrics["test_class_images"].values())
     if smallest < ENOUGH_TO_RANK:
@@ -1396,8 +1404,7 @@ def report(
         caption = "validation images" if val_loader else "training images"
         views = USE_VIEWS[config.augment]
         logits, labels = predict_logits(model, shown, precision=config.precision, views=views)
-        logits_of_center = logits[[views.index(CENTER)]]
-        one_view = score(average_views(logits_of_center), labels)
+        one_view = score(average_views(logits[:1]), labels)
         in_use = score(average_views(logits, temperature), labels)
     else:
         shown = test_loader
@@ -1416,8 +1423,7 @@ def report(
     title = f"{run_title(config)}: {caption.format(one_view.top1)}"
     save_plot(folder / "curves.png", title, plot_results, run["history"], best_epoch)
     save_plots(folder, config, caption, shown, one_view, in_use, model)
-    written = [name for name in RUN_FILES if (folder / name).exists()]
-    print(f"wrote {folder}: {', '.join(written)}")
+    print(f"wrote {folder}: {', '.join(run_files(folder))}")
     command = command_of({"checkpoint": (folder / "best.pt").as_posix()})
     print(f"to classify a picture: {command} --image FILE")
     return summary
@@ -1444,11 +1450,11 @@ def save_tables(
         {"true \\ predicted": name, **dict(zip(classes, row.tolist()))}
         for name, row in zip(classes, counts)
     )
-    written = {
-        "predictions.csv": save_table(folder / "predictions.csv", predictions),
-        "confusion.csv": save_table(folder / "confusion.csv", confusion),
-    }
-    return [name for name, is_written in written.items() if is_written]
+    written = []
+    for name, rows in {"predictions.csv": predictions, "confusion.csv": confusion}.items():
+        if save_table(folder / name, rows):
+            written.append(name)
+    return written
 
 
 def save_plots(
@@ -1463,15 +1469,16 @@ def save_plots(
     start = run_title(config)
     title = f"{start}: {caption.format(one_view.top1)}"
     title_in_use = f"{start}: {caption.format(in_use.top1)}{mirrored}"
-    predictions = folder / "predictions.png"
-    confusion = folder / "confusion.png"
-    filters = folder / "filters.png"
-    written = {
-        predictions: save_plot(predictions, title_in_use, plot_predictions, loader, in_use),
-        confusion: save_plot(confusion, title, plot_confusion_matrix, loader, one_view),
-        filters: save_plot(filters, title, plot_filters, model),
+    plots = {
+        "predictions.png": (title_in_use, plot_predictions, loader, in_use),
+        "confusion.png": (title, plot_confusion_matrix, loader, one_view),
+        "filters.png": (title, plot_filters, model),
     }
-    return [path.name for path, is_written in written.items() if is_written]
+    written = []
+    for name, plot in plots.items():
+        if save_plot(folder / name, *plot):
+            written.append(name)
+    return written
 
 
 # ---- The files of a run: last.pt is its whole state, best.pt the network of its best epoch -------
@@ -1557,10 +1564,7 @@ def different_settings(config: Config, run: dict[str, Any]) -> dict[str, str]:
     for name, value in vars(run["config"]).items():
         asked = run["asked"].get(name, value)
         if getattr(config, name) not in (value, asked):
-            shown = asked if value is None else value
-            differ[name] = (
-                f"no {flag_name(name)}" if shown is None else f"{flag_name(name)} {shown}"
-            )
+            differ[name] = as_flag(name, asked if value is None else value)
     return differ
 
 
@@ -1599,13 +1603,18 @@ def open_run(config: Config, named: Collection[str]) -> tuple[Path | None, Confi
     return folder, *(new or new_run(config, named))
 
 
+def run_files(folder: Path) -> list[str]:
+    """The names of a run's files that are in this folder."""
+    return [name for name in RUN_FILES if (folder / name).exists()]
+
+
 def find_last(resume: str) -> Path:
     """The last.pt that --resume names, or that of its folder; UserError for a copy in a run's."""
     last = user_path(resume)
     if last.is_dir():
         last = last / "last.pt"
-    is_copy = last.exists() and last.name != "last.pt"
-    beside = [name for name in RUN_FILES if (last.parent / name).exists()]
+    is_copy = last.exists() and last.name not in RUN_FILES  # of last.pt, of another name
+    beside = run_files(last.parent)
     if is_copy and beside:
         raise UserError(f"{last} would replace the {beside[0]} beside it: move it to a folder", 2)
     return last
@@ -1613,7 +1622,7 @@ def find_last(resume: str) -> Path:
 
 def refuse_files(folder: Path) -> None:
     """Raise UserError if a new run in this folder would replace a file."""
-    present = [name for name in RUN_FILES if (folder / name).exists()]
+    present = run_files(folder)
     if present:
         ways = "another --output-dir begins a run"
         if "last.pt" in present:
@@ -1645,7 +1654,7 @@ def new_run(config: Config, named: Collection[str]) -> tuple[Config, dict[str, A
 def take_network(config: Config, named: Collection[str]) -> tuple[Config, dict[str, Any]]:
     """The configuration with the network of `init_from`, and what the run gets from that file.
 
-    That is `initial`, its weights and classes, and `statistics` if the inputs are of the same kind.
+    That is `initial`, its content, and `statistics` if the inputs are of the same kind.
     """
     trained = load_checkpoint(user_path(config.init_from), "--init-from")
     settings = {}
@@ -1656,18 +1665,31 @@ def take_network(config: Config, named: Collection[str]) -> tuple[Config, dict[s
         if name not in named:
             settings[name] = value
             if differs:
-                taken.append(f"{flag_name(name)} {value}")
+                taken.append(as_flag(name, value))
         elif differs:
-            print(f"note: {config.init_from} has {flag_name(name)} {value}")
+            print(f"note: {config.init_from} has {as_flag(name, value)}")
     if taken:
         print(f"note: {', '.join(taken)} is taken over from {config.init_from}")
     config = replace(config, **settings)
-    of_network = {"initial": {"model": trained["model"], "classes": trained["classes"]}}
+    of_network = {"initial": trained}
     size = input_size(build_model(config, len(trained["classes"])))
     size_before = input_size(build_model(trained["config"], len(trained["classes"])))
     if trained["config"].inputs == config.inputs and size == size_before:
         of_network["statistics"] = (trained["mean"], trained["std"])
     return config, of_network
+
+
+def note_seen_images(source: Config, config: Config, val_loader: CifarLoader | None) -> None:
+    """Note if images that are held out now have trained the network that a run starts from."""
+    if val_loader is None:
+        return
+    held_out_fewer = source.val_size is not None and source.val_size < len(val_loader.labels)
+    has_seen = source.dataset == config.dataset and held_out_fewer
+    if has_seen or {source.dataset, config.dataset} == {"cifar10", "cifar10-mini"}:
+        print(
+            f"note: {config.init_from} was trained on images that are held out here: their "
+            "accuracy is too high, and the temperature is not calibrated"
+        )
 
 
 def make_folder(folder: Path | None, config: Config, is_new: bool) -> Path:
@@ -1754,9 +1776,44 @@ def copy_weights(trained: dict[str, Any], model: nn.Module, classes: list[str], 
         raise UserError(f"--init-from {path}: none of its weights fits this network", 2)
     model.load_state_dict(own)
     unknown = sorted(weights.keys() - own.keys())
-    parts = {"with new values": new, "not in this network": unknown}
-    listed = [f"{part}: {', '.join(names)}" for part, names in parts.items() if names]
-    print("; ".join([f"weights   from {path}", *listed]))
+    line = f"weights   from {path}"
+    if new:
+        line += f"; with new values: {', '.join(new)}"
+    if unknown:
+        line += f"; not in this network: {', '.join(unknown)}"
+    print(line)
+
+
+def with_classes(data: Dataset, classes: list[str]) -> Dataset:
+    """The data set with the labels that the same classes have in this order."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    new_labels = torch.tensor([label_of[name] for name in data.classes])
+    data = data._replace(classes=classes, labels=new_labels[data.labels])
+    if data.test_labels is not None:
+        data = data._replace(test_labels=new_labels[data.test_labels])
+    if data.val_labels is not None:
+        data = data._replace(val_labels=new_labels[data.val_labels])
+    return data
+
+
+def read_run_data(
+    config: Config, named: Collection[str], saved: dict[str, Any], path: str | Path
+) -> Dataset:
+    """The data set of a run, with the classes and white of the file at `path`, if it has them.
+
+    Raises UserError if it has other classes, or is not where the run had it.
+    """
+    name = config.dataset
+    is_saved = "classes" in saved
+    is_folder = name not in (*CIFAR, "cifar10-mini")
+    if is_saved and is_folder and "dataset" not in named and not user_path(name).is_dir():
+        raise UserError(f"{path} is of --dataset {name}, no folder here: pass where it is now", 2)
+    data = read_dataset(name, config.data_dir, not config.no_test, saved.get("white"))
+    if not is_saved:
+        return data
+    if sorted(data.classes) != sorted(saved["classes"]):
+        raise UserError(f"{path} was trained on other classes than {name} has", 2)
+    return with_classes(data, saved["classes"])
 
 
 def check_data(
@@ -1770,6 +1827,9 @@ def check_data(
     pixels = digest_of_pixels(*loaders)
     identity = data.files_digest or pixels
     run.setdefault("data", identity)  # of a new run
+    if run["data"] == data.digest_without_test:  # test/ is there since
+        run["data"] = identity
+        run["pixels"] = pixels
     if run["data"] != identity:
         raise UserError(f"{name} holds other images or labels than when {folder} was begun")
     if run.get("pixels", pixels) != pixels:
@@ -1785,8 +1845,8 @@ def check_unchanged(
         default = None if argument.default is argument.empty else argument.default
         now = state.get(name, default)
         before = state_before.get(name, default)
-        # the first three by schedules, the rest by device and PyTorch
-        may_change = name in ("lr", "momentum", "betas", "last_epoch", "params", "fused", "verbose")
+        # the first four change with the epochs, `verbose` with PyTorch
+        may_change = name in ("lr", "momentum", "betas", "last_epoch", "params", "verbose")
         if now != before and not may_change:
             raise UserError(f"{title} has {name} {before}, and not {now}", 2)
 
@@ -1800,6 +1860,7 @@ def restore(
         model.load_state_dict(run["model"])
         groups = optimizer.state_dict()["param_groups"]
         for group, group_before in zip(groups, run["optimizer"]["param_groups"]):
+            group_before["fused"] = group["fused"]  # it is of this device
             check_unchanged(f"the optimizer of {path}", optimizer, group, group_before)
         planned = scheduler.state_dict()
         check_unchanged(f"the schedule of {path}", scheduler, planned, run["scheduler"])
@@ -1828,32 +1889,6 @@ def rebuild(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     return model
 
 
-def save_start(folder: Path, run: dict[str, Any]) -> None:
-    """Write the files of a run that begins or goes on; remove what is not of it.
-
-    A full disk is noticed now, not after an epoch.
-    """
-    is_finished = run["epoch"] == run["config"].epochs
-    save_last(folder, run)
-    if run["best_model"] and not is_finished:  # else `report` writes it, with its temperature
-        save_best(folder, run)
-    save_table(folder / "metrics.csv", run["history"])
-    if world().rank == 0:
-        remove_leftovers(folder, is_finished)
-
-
-def save_epoch(folder: Path, run: dict[str, Any]) -> None:
-    """Write last.pt, best.pt if this epoch is the best, and metrics.csv."""
-    save_last(folder, run)
-    if run["best_epoch"] == run["epoch"]:
-        save_best(folder, run)
-    save_table(folder / "metrics.csv", run["history"])
-
-
-def save_last(folder: Path, run: dict[str, Any]) -> None:
-    save_checkpoint(folder / "last.pt", {**run, "config": asdict(run["config"])})
-
-
 def save_best(folder: Path, run: dict[str, Any], temperature: float = 1.0) -> None:
     """Write best.pt. Its temperature is 1 until `report` has found it, at the end of the run."""
     best = {
@@ -1871,8 +1906,24 @@ def save_best(folder: Path, run: dict[str, Any], temperature: float = 1.0) -> No
     save_checkpoint(folder / "best.pt", best)
 
 
+def save_run(folder: Path, run: dict[str, Any], with_best: bool) -> None:
+    """Write last.pt, best.pt if it is wanted, and metrics.csv.
+
+    Raises UserError, in the first epoch, for a state that could not be loaded again.
+    """
+    last = folder / "last.pt"
+    save_checkpoint(last, {**run, "config": asdict(run["config"])})
+    if run["epoch"] <= 1 and world().rank == 0:
+        check_loadable(last)
+    if with_best:
+        save_best(folder, run)
+    save_table(folder / "metrics.csv", run["history"])
+
+
 def remove_leftovers(folder: Path, is_finished: bool) -> None:
     """Remove what a killed process left and, if the run is not finished, results of a shorter one."""
+    if world().rank > 0:
+        return
     for name in RUN_FILES:
         for path in folder.glob(f".{name}.*.tmp"):  # of write_atomically
             path.unlink(missing_ok=True)
@@ -1941,6 +1992,17 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def check_loadable(last: Path) -> None:
+    """Raise UserError if an optimizer or schedule of one's own put into last.pt what cannot be read."""
+    try:
+        torch.load(last, map_location="cpu", weights_only=True)
+    except Exception as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f", but {found[1]}" if found else ""
+        why = f"the optimizer or the schedule holds not only tensors, numbers and text{what}"
+        raise UserError(f"{last} could not be loaded again: {why}") from None
+
+
 @contextlib.contextmanager
 def checkpoint_errors(path: Path) -> Iterator[None]:
     """Report whatever goes wrong with a checkpoint in one line that names the file."""
@@ -1995,6 +2057,15 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
 # ---- Several seeds -------------------------------------------------------------------------------
 
 
+def check_schedule(config: Config, first: dict[str, Any]) -> None:
+    """Raise UserError if a new seed would have another schedule than the first, which went on longer."""
+    milestones = resolve_milestones(config.milestones, config.epochs)
+    if (config.epochs, milestones) != (first["epochs"], first["milestones"]):
+        flags = {"epochs": first["epochs"], "milestones": first["milestones"]}
+        words = " ".join(as_flag(name, value) for name, value in flags.items())
+        raise UserError(f"a new seed would have another schedule than seed 0: pass {words}", 2)
+
+
 def train_seeds(config: Config, passed: dict[str, Any]) -> None:
     """Train seeds 0 to N-1, each in its own folder; print and store mean and std.
 
@@ -2016,6 +2087,8 @@ def train_seeds(config: Config, passed: dict[str, Any]) -> None:
         print(f"\nseed {seed} of 0 to {config.seeds - 1}")
         own: dict[str, Any] = {"seed": seed, "seeds": None, "output_dir": f"{folder}/seed{seed}"}
         own["resume"] = "" if Path(own["output_dir"], "last.pt").exists() else None
+        if summaries and own["resume"] is None:
+            check_schedule(config, summaries[0])
         command = command_of({**passed, **own})
         summaries.append(train(replace(config, **own), named, command))
     kinds = set()
@@ -2076,11 +2149,11 @@ class Classifier:
         self.device = choose_device(device)
         self.model, self.trained = load_trained(checkpoint, self.device)
         self.classes = self.trained["classes"]
+        config = self.trained["config"]
         if not precision:  # as it was trained, bf16 only where this hardware computes in it
-            is_bf16 = self.trained["config"].precision == "bf16"
-            precision = "auto" if is_bf16 else self.trained["config"].precision
+            precision = "fp32" if config.precision == "fp32" else "auto"
         self.precision = choose_precision(precision, self.device)
-        self.views = USE_VIEWS[self.trained["config"].augment]
+        self.views = USE_VIEWS[config.augment]
         self.temperature = self.trained["temperature"]
         speed_up_lrn(self.model, "off", self.device, self.precision)
 
@@ -2088,7 +2161,8 @@ class Classifier:
         """The probability of each class, highest first; for a list of pictures a list of these.
 
         A picture is a path, the bytes of a file, a file object, an array (H, W, 3) uint8 or a PIL
-        picture. Raises TypeError or ValueError for anything else, OSError for what is unreadable.
+        picture. Raises TypeError or ValueError for anything else, OSError or what else Pillow has
+        for what is unreadable.
         """
         if not isinstance(picture, list | tuple):
             return self([picture])[0]
@@ -2185,14 +2259,15 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> int:
     path = user_path(config.checkpoint)
     classifier = Classifier(path, config.device, passed.get("precision", ""))
     model = classifier.model
-    trained = classifier.trained["config"]
-    again = replace(trained, dataset=passed.get("dataset", trained.dataset), no_test=False)
-    if "data_dir" in passed or not user_path(trained.data_dir).is_dir():
+    as_trained = classifier.trained["config"]
+    again = replace(as_trained, dataset=passed.get("dataset", as_trained.dataset), no_test=False)
+    if "data_dir" in passed or not user_path(as_trained.data_dir).is_dir():
         again.data_dir = config.data_dir
     data = read_run_data(again, passed, classifier.trained, path)
     beside = path.parent
-    same_files = data.files_digest and data.files_digest == classifier.trained.get("data")
-    if again.dataset != trained.dataset and not same_files:
+    digests = (data.files_digest, data.digest_without_test)
+    same_files = classifier.trained.get("data", "") in filter(None, digests)
+    if again.dataset != as_trained.dataset and not same_files:
         beside = beside / user_path(again.dataset).resolve().name  # keeps the run's own plots
     folder = user_path(passed.get("output_dir", beside))
     folder.mkdir(parents=True, exist_ok=True)
@@ -2373,7 +2448,6 @@ def save_plot(path: Path, title: str, draw: Callable[..., None], *args: Any) -> 
     One that fails costs a note, never the run.
     """
     try:
-        os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not exist here; none is needed
         from matplotlib import style
         from matplotlib.figure import Figure  # not pyplot: no window system, no state left behind
 
@@ -2399,7 +2473,7 @@ def log_epochs(writer: Any, rows: list[dict[str, Any]]) -> None:
         for name, value in row.items():
             if value is not None and name != "epoch":
                 writer.add_scalar(name, value, row["epoch"])
-                writer.flush()
+    writer.flush()
 
 
 # ---- Krizhevsky's networks of 2012 ---------------------------------------------------------------
@@ -2903,10 +2977,9 @@ def speed_up_lrn(
 ) -> bool:  # fmt: skip
     """Have the LRN layers of a model run fast; returns whether they are compiled.
 
-    They are if `compile` is "auto" and it works, not if it is "off".
-    A copy is compiled first, on two images, which compiles all kernels. If it fails there is a
-    note. MPS is left alone. Not compiled, LRN is fast on a CPU only, elsewhere it stays the plain
-    formula.
+    They are with `compile` "auto", if a copy compiles; its two images compile all kernels. A
+    failure is a note. Not compiled, LRN is fast on a CPU only. Elsewhere, and on MPS always, it
+    stays the plain formula.
     """
     device = torch.device(device)
     layers = replaceable_lrn(model)
@@ -2949,6 +3022,8 @@ def accelerate(
     """
     if world().size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif world().size > 1 and "BatchNorm" in normalization_of(model):
+        print("note: on CPUs each process normalizes its share of a batch by itself")
     compiled = speed_up_lrn(model, config.compile, device, precision)
     train_model = model
     if world().size > 1:
@@ -3278,6 +3353,11 @@ def natural_order(name: str) -> tuple[list[Any], str]:
     return parts, name
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder, in order; a link to a disk that is not there counts as one."""
+    return [entry for entry in sorted(folder.iterdir()) if entry.is_dir() or not entry.exists()]
+
+
 def find_class_folders(folder: Path) -> dict[Path, str]:
     """The pictures in folder/CLASS, with the class of each."""
     found = list_pictures(folder)
@@ -3289,9 +3369,8 @@ def find_class_folders(folder: Path) -> dict[Path, str]:
     if not class_of:
         raise UserError(f"{folder} holds {strays} pictures, but no folder of a class")
     classes = set(class_of.values())
-    for entry in sorted(folder.iterdir()):
-        is_folder = entry.is_dir() or not entry.exists()  # a link to a disk that is not there
-        if is_folder and entry.name not in classes and not HIDDEN.match(entry.name):
+    for entry in folders_in(folder):
+        if entry.name not in classes and not HIDDEN.match(entry.name):
             raise UserError(f"{entry} holds no pictures")
     if strays:
         print(f"note: {strays} pictures in {folder} are in no folder of a class")
@@ -3300,10 +3379,7 @@ def find_class_folders(folder: Path) -> dict[Path, str]:
 
 def find_parts(folder: Path, needs_test: bool) -> dict[str, dict[Path, str]]:
     """The parts of a data set that are there, each with its pictures and their classes."""
-    found = []
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir() or not entry.exists():  # a link to a disk that is not there
-            found.append(entry.name)
+    found = [entry.name for entry in folders_in(folder)]
     for name in found:
         if MEANT.fullmatch(name) and name not in PARTS:
             raise UserError(f"{folder / name} has none of the names train, val and test")
@@ -3313,6 +3389,8 @@ def find_parts(folder: Path, needs_test: bool) -> dict[str, dict[Path, str]]:
         raise UserError(f"there is no {folder / 'train'}{hint}")
     if needs_test and "test" not in found:
         raise UserError(f"there is no {folder / 'test'} (--no-test trains without)")
+    if "test" in found and not needs_test and not folders_in(folder / "test"):
+        found.remove("test")  # its pictures have no classes
     parts = {part: find_class_folders(folder / part) for part in PARTS if part in found}
     classes = {part: set(class_of.values()) for part, class_of in parts.items()}
     if len(classes["train"]) == 1:
@@ -3326,18 +3404,35 @@ def find_parts(folder: Path, needs_test: bool) -> dict[str, dict[Path, str]]:
     return parts
 
 
-def digest_of_files(parts: dict[str, dict[Path, str]]) -> str:
-    """The identity of a data set of pictures: a hash of their files, parts and classes."""
+def digests_of_files(parts: dict[str, dict[Path, str]]) -> tuple[str, str]:
+    """The identity of a data set of pictures, with its test and without; "" if it has none.
+
+    It is a hash of the files, parts and classes.
+    """
 
     def digest_of(path: Path) -> bytes:
         return hashlib.sha256(path.read_bytes()).digest()
 
     digest = hashlib.sha256()
+    without_test = ""
     for part, class_of in parts.items():
-        digests = in_threads(digest_of, [*class_of], f"comparing {part}, picture")
-        for name, of_file in zip(class_of.values(), digests):
+        if part == "test":  # the last
+            without_test = digest.hexdigest()
+        of_files = in_threads(digest_of, [*class_of], f"comparing {part}, picture")
+        for name, of_file in zip(class_of.values(), of_files):
             digest.update(os.fsencode(f"{part}/{name}/") + of_file)
-    return digest.hexdigest()
+    return digest.hexdigest(), without_test
+
+
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and std of each color over (N, 3, H, W) uint8 images, for values in 0..1."""
+    means = []
+    stds = []
+    for color in images.unbind(1):
+        std, mean = torch.std_mean(color.double() / 255, correction=0)
+        means.append(mean.item())
+        stds.append(max(std.item(), 1 / 255))  # never 0
+    return means, stds
 
 
 def read_image_folders(folder: Path, needs_test: bool, white: dict[str, float] | None) -> Dataset:
@@ -3365,6 +3460,7 @@ def read_image_folders(folder: Path, needs_test: bool, white: dict[str, float] |
         images[part] = torch.stack([pictures[path] for path in class_of])
         labels[part] = torch.tensor([label_of[name] for name in class_of.values()])
     mean, std = channel_statistics(images["train"])
+    files_digest, digest_without_test = digests_of_files(parts)
     return Dataset(
         images=images["train"],
         labels=labels["train"],
@@ -3376,41 +3472,10 @@ def read_image_folders(folder: Path, needs_test: bool, white: dict[str, float] |
         val_images=images["val"],
         val_labels=labels["val"],
         white=white,
-        files_digest=digest_of_files(parts),
+        files_digest=files_digest,
+        digest_without_test=digest_without_test,
         test_paths=[str(path) for path in parts.get("test", ())],
     )
-
-
-def with_classes(data: Dataset, classes: list[str]) -> Dataset:
-    """The data set with the labels that the same classes have in this order."""
-    label_of = {name: label for label, name in enumerate(classes)}
-    new_labels = torch.tensor([label_of[name] for name in data.classes])
-    data = data._replace(classes=classes, labels=new_labels[data.labels])
-    if data.test_labels is not None:
-        data = data._replace(test_labels=new_labels[data.test_labels])
-    if data.val_labels is not None:
-        data = data._replace(val_labels=new_labels[data.val_labels])
-    return data
-
-
-def read_run_data(
-    config: Config, named: Collection[str], saved: dict[str, Any], path: str | Path
-) -> Dataset:
-    """The data set of a run, with the classes and white of the file at `path`, if it has them.
-
-    Raises UserError if it has other classes, or is not where the run had it.
-    """
-    name = config.dataset
-    is_saved = "classes" in saved
-    is_folder = name not in (*CIFAR, "cifar10-mini")
-    if is_saved and is_folder and "dataset" not in named and not user_path(name).is_dir():
-        raise UserError(f"{path} is of --dataset {name}, no folder here: pass where it is now", 2)
-    data = read_dataset(name, config.data_dir, not config.no_test, saved.get("white"))
-    if not is_saved:
-        return data
-    if sorted(data.classes) != sorted(saved["classes"]):
-        raise UserError(f"{path} was trained on other classes than {name} has", 2)
-    return with_classes(data, saved["classes"])
 
 
 # ---- Device, precision, torchrun -----------------------------------------------------------------
@@ -3519,13 +3584,7 @@ def command_of(passed: dict[str, Any]) -> str:
     is_this_file = Path(sys.argv[0]).name == Path(globals().get("__file__", "")).name
     words.append(sys.argv[0] if is_this_file else "cifar_krizhevsky.py")  # not a notebook's kernel
     for name, value in passed.items():
-        if value is None or value is False:
-            continue
-        words.append(flag_name(name))
-        if isinstance(value, list):
-            words += map(str, value)
-        elif value is not True and value != "":
-            words.append(str(value))
+        words += flag_words(name, value)
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
@@ -3639,9 +3698,10 @@ def as_declared(value: Any, option: Field) -> Any:
     if kind is str and isinstance(value, str | os.PathLike):
         return os.fspath(value)
     if kind is not str and isinstance(value, (int, float, np.number, np.bool_)):
-        converted = kind(value)
-        if converted == value:
-            return converted
+        with contextlib.suppress(OverflowError, ValueError):  # infinity and NaN are no int
+            converted = kind(value)
+            if converted == value:
+                return converted
     raise UserError(f"{flag_name(option.name)} {value}: must be of type {kind.__name__}", 2)
 
 
@@ -3837,6 +3897,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not pasted into a notebook's cell
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not exist here; none is needed
     exit_code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt Python's end
     sys.exit(exit_code)

@@ -166,7 +166,7 @@ def test_a_file_that_is_no_checkpoint_is_named_and_never_run(kind, tmp_path):
 
 def test_the_wrong_file_and_a_missing_one_are_named(trained):
     resume, evaluate = ["--resume"], ["--evaluate", "--checkpoint"]
-    wrong = [(resume, "best.pt", "last.pt"), (evaluate, "last.pt", "best.pt")]
+    wrong = [(resume, "best.pt", "takes a last.pt"), (evaluate, "last.pt", "takes a best.pt")]
     wrong += [(use, "missing.pt", "No such file") for use in (resume, evaluate)]
     for use, name, expected in wrong:
         message = one_line_error(call(*use, trained / name, cwd=trained))

@@ -270,6 +270,25 @@ def test_files_that_decode_differently_are_a_note_and_other_files_are_refused(
     assert "other images" in one_line_error(call(*resume, 4, cwd=tmp_path))
 
 
+def test_a_test_that_is_there_later_tests_the_run_and_other_training_pictures_do_not(tmp_path):
+    data = make_set(tmp_path / "set", "a", "b", train=10, test=2)
+    (data / "test").rename(tmp_path / "test")
+    (data / "test").mkdir()  # as contests have it: pictures without classes
+    shutil.copy(tmp_path / "test/a/00.png", data / "test")
+    train(data, "--no-test", "--output-dir", "run", cwd=tmp_path)
+    shutil.rmtree(data / "test")
+    (tmp_path / "test").rename(data / "test")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    result = call("--dataset", data, "--resume", "run", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert "test of the best epoch" in result.out and "other pixels" not in result.out
+    assert call("--resume", "run", cwd=tmp_path).code == 0
+    rewrite_with_other_pixels(data / "test" / "b" / "00.png")
+    assert "other images" in one_line_error(call("--resume", "run", cwd=tmp_path))
+    rewrite_with_other_pixels(data / "train" / "b" / "00.png")
+    assert "other images" in one_line_error(call("--resume", "other", cwd=tmp_path))
+
+
 def test_the_identity_of_cifar_are_its_pixels_as_in_published_summaries(ck):
     published = json.loads((ROOT / "results" / "cifar10-mini-128" / "summary.json").read_text())
     loaders = ck.get_cifar_data_loaders(dataset_name="cifar10-mini")

@@ -448,8 +448,11 @@ def test_seeds_continue_in_the_newest_folder_with_the_settings_of_the_command(fl
     assert (tmp_path / "runs/small-compact-seeds/seed1").is_dir() and "(n = 2)" in out
     assert files(tmp_path / "runs/small-compact-seeds-2") == other
     longer = [*flags, "--model", "compact", "--epochs", 2, "--no-test", "--seeds", 3, "--resume"]
-    result = call(*longer, "--output-dir", "runs/small-compact-seeds", cwd=tmp_path)
-    assert "no mean" in one_line_error(result, 1)
+    longer += ["--output-dir", "runs/small-compact-seeds"]
+    message = one_line_error(call(*longer, cwd=tmp_path), 2)
+    assert message.endswith("pass --epochs 2 --milestones 1")  # seeds 0 and 1 keep theirs
+    assert not (tmp_path / "runs/small-compact-seeds/seed2").exists()
+    assert "(n = 3)" in finish(*longer, "--milestones", 1, cwd=tmp_path)
 
 
 def test_no_average_is_taken_over_runs_of_changed_settings_or_data(small, tmp_path):

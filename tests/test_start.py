@@ -129,6 +129,25 @@ def test_settings_from_python_are_checked_as_flags_are_and_stored_as_plain_value
     ck.load_trained(tmp_path / "run" / "best.pt")
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_no_number_of_epochs_is_infinite_or_nan(value, ck):
+    with pytest.raises(ck.UserError, match=f"--epochs {value}: must be of type int"):
+        ck.train(ck.Config(epochs=value))
+
+
+def test_a_notebook_keeps_its_backend_for_plots_of_its_own(tmp_path):
+    program = (
+        "from pathlib import Path\n"
+        "import cifar_krizhevsky as ck\n"
+        "assert ck.save_plot(Path('plot.png'), 'title', lambda figure: figure.subplots())\n"
+        "import matplotlib\n"
+        "print(matplotlib.rcParams['backend'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "svg"}
+    command = [sys.executable, "-c", program]
+    assert subprocess.check_output(command, cwd=tmp_path, env=environment) == b"svg\n"
+
+
 def test_main_leaves_the_process_as_it_was(ck, small, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -231,6 +250,21 @@ def test_a_run_from_trained_weights_is_resumed_without_their_file(small, tmp_pat
     for name, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][name])
     assert whole["mean"] == resumed["mean"]
+
+
+def test_images_that_trained_the_first_network_and_are_held_out_now_are_a_note(small, tmp_path):
+    flags = [*quick_flags(small), "--model", "compact", "--epochs", 1, "--no-test"]
+    for size in (0, 20):
+        source = [*flags, "--val-size", size, "--output-dir", f"held-out-{size}"]
+        assert call(*source, cwd=tmp_path).code == 0
+    noted = {}
+    for size in (0, 20):
+        for size_now in (0, 20, 30):
+            command = [*flags, "--init-from", f"held-out-{size}/best.pt", "--val-size", size_now]
+            result = call(*command, cwd=tmp_path)
+            assert result.code == 0, result.err
+            noted[size, size_now] = "was trained on images that are held out here" in result.out
+    assert {pair for pair, is_noted in noted.items() if is_noted} == {(0, 20), (0, 30), (20, 30)}
 
 
 def test_a_run_is_resumed_that_took_its_network_over(small, tmp_path):
@@ -390,6 +424,19 @@ def test_a_cosine_instead_of_milestones_is_resumed_to_the_same_bits(
     assert columns[0] == columns[1]
     rates = [float(row[1]) for row in columns[0][1:]]
     assert rates == pytest.approx([0.01, 0.00853553, 0.005, 0.00146447], rel=1e-4)
+
+
+def test_a_schedule_whose_state_could_not_be_loaded_again_is_refused_before_the_first_epoch(
+    small, tmp_path, monkeypatch
+):
+    def by_numpy(optimizer, milestones, gamma):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.cos(0.1 * epoch))
+
+    monkeypatch.setattr(torch.optim.lr_scheduler, "MultiStepLR", by_numpy)
+    result = call(*quick_flags(small), "--output-dir", "run", cwd=tmp_path)
+    message = one_line_error(result, 1)
+    assert "last.pt could not be loaded again" in message and "numpy" in message
+    assert "train loss" not in result.out
 
 
 def test_a_schedule_that_moves_the_momentum_too_is_resumed(ck, small, tmp_path, monkeypatch):
