@@ -8,7 +8,7 @@
     python cifar_krizhevsky.py --recipe short           # CIFAR-10 in 24 epochs; downloads the data
     python cifar_krizhevsky.py --recipe 80sec           # one of his own networks of 2012
     python cifar_krizhevsky.py --dataset cifar10-mini   # a tenth of CIFAR-10, part of the clone
-    python cifar_krizhevsky.py --dataset cifar100       # the hyperparameters below
+    python cifar_krizhevsky.py --dataset cifar100       # 200 epochs, as in Config
     python cifar_krizhevsky.py --recipe short --resume  # the same command continues a stopped run
     python cifar_krizhevsky.py --seeds 5                # five runs, mean and standard deviation
     torchrun --nproc-per-node=2 cifar_krizhevsky.py     # two GPUs train one network
@@ -95,7 +95,7 @@ def flag(
 class Config:
     """Every setting. Edit a default, or pass the flag of its name (batch_size: --batch-size).
 
-    A recipe's values come before these defaults, and flags before both.
+    A recipe's values replace these defaults, and flags replace both.
     """
 
     # in the order of --help (GROUPS) and of a plot's title (run_title)
@@ -170,7 +170,7 @@ RECIPES = {  # test error on CIFAR-10, one view, in %
     "few": {  # for --init-from with some hundred pictures of one's own
         **BASE, "epochs": 60, "batch_size": 32, "lr": 0.01, "milestones": [0.6, 0.85], "gamma": 0.2,
     },
-    # Krizhevsky's own of 2012, named after what he published, of 13pct and 11pct on ten views
+    # Krizhevsky's own of 2012, named after their time or error (of 13pct and 11pct on ten views)
     "80sec": {  # 25.6
         **OF_2012, "model": "80sec", "augment": "none", "epochs": 10, "milestones": [0.8],
     },
@@ -295,8 +295,8 @@ class LocalResponseNormalization(nn.Module):
     """x_c / (k + alpha/size * sum of x_j^2 over the `size` channels j around c) ** beta.
 
     Section 3.3 of the AlexNet paper, with alpha divided by the window size as in Krizhevsky's code
-    and in `nn.LocalResponseNorm`, which gives the same values. This plain formula is what the layer
-    is, for exporters too; `train` and `Classifier` have their own model do it faster (`FastLRN`).
+    and in `nn.LocalResponseNorm`, which gives the same values. Exporters get this plain formula;
+    `train` and `Classifier` put a faster equal in its place (`FastLRN`), unless it was edited.
 
     Shape: (N, C, H, W) to (N, C, H, W), any floating type; the denominator is fp32 or better.
     Raises ValueError if size is below 1 or the input is not four-dimensional.
@@ -473,8 +473,8 @@ class CifarLoader:
     derive from (seed, epoch) alone: an epoch can be repeated exactly, on any device. Each iteration
     is the next epoch, unless `set_epoch` chooses one.
 
-    Made of images (N, 3, 32, 32) uint8; labels (N,) int64; the mean and std of pixels in 0..1, of
-    three colors, the mean also as an image (3, size, size); and the side `crop_size` of a crop.
+    Made of images (N, 3, 32, 32) uint8; labels (N,) int64; the mean and std of pixels in 0..1, each
+    of three colors, or the mean as an image (3, size, size); and the side `crop_size` of a crop.
     `shuffle` is for training: a new order in every epoch, and the variations of `augment`
     ("crop-flip", "crop" or "none"). Iterating yields images (B, 3, size, size) float32, normalized,
     and labels (B,) int64. torchrun's processes get equal shares of each shuffled batch.
@@ -908,7 +908,7 @@ def store(
 
 
 def overridden(config: Config) -> set[str]:
-    """The settings of the configuration's recipe that it has otherwise."""
+    """The settings of the configuration's recipe whose values it has replaced."""
     if config.recipe is None:
         return set()
     recipe = RECIPES[config.recipe]

@@ -133,7 +133,7 @@ def test_the_readme_says_what_the_pairs_of_11pct_show():
         errors[folder] = [run["test_error_multi_view"] for run in runs]
     said = r"on ten views ([\d.]+) % after ten epochs, ([\d.]+) without "
     said += r"\((\S+), 95 % interval (\S+) to (\S+), n = (\d)\)\. "
-    said += r"After 140 it has ([\d.]+) and ([\d.]+) \((\S+), (\S+) to (\S+), n = (\d)\)"
+    said += r"After 140 it has ([\d.]+), without it ([\d.]+) \((\S+), (\S+) to (\S+), n = (\d)\)"
     (numbers,) = re.findall(said, page)
     expected = []
     for folder in ("10", "140"):
