@@ -226,6 +226,11 @@ def user_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
+def name_of(dataset: str) -> str:
+    """The name of a data set, also of a folder that is given as "."."""
+    return user_path(dataset).resolve().name
+
+
 def derive_seed(*keys: int) -> int:
     """A seed hashed from whole numbers, so that (1, 2) and (2, 1) have nothing in common.
 
@@ -286,6 +291,13 @@ def memory_format(device: torch.device | str) -> torch.memory_format:
     """channels_last, the fastest; not on MPS, where it is wrong (PyTorch issues 175190, 188371)."""
     is_mps = torch.device(device).type == "mps"
     return torch.contiguous_format if is_mps else torch.channels_last
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context in which a network computes in "fp32" or "bf16"; ValueError for another name."""
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision must be fp32 or bf16, not {precision}")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 # ---- Network -------------------------------------------------------------------------------------
@@ -542,7 +554,7 @@ class CifarLoader:
         return self._batches(plan, rank, world_size)
 
     def view(self, y: int, x: int, flipped: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in their order, each cropped at the place (y, x), 0 to 8; all of them in every process."""
+        """All images in their order, each cropped at (y, x), 0 to 8; all in every process."""
         count = len(self.labels)
         plan = torch.tensor([[0], [y], [x], [flipped]]).repeat(1, count)
         plan[0] = torch.arange(count)
@@ -723,7 +735,7 @@ def train_one_epoch(
     for images, labels in dataloader:
         images = images.to(device)
         labels = labels.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             logits = model(images)
         loss = criterion(logits.float(), labels)
         optimizer.zero_grad()
@@ -790,7 +802,8 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     if "initial" in run:
         initial = run.pop("initial")
         copy_weights(initial, model, data.classes, config.init_from)
-        note_seen_images(initial["config"], config, val_loader)
+        note_seen_images(initial, config, data, val_loader)
+        del initial
     tune_glibc_malloc()
     model = model.to(device, memory_format=memory_format(device))
     model, train_model, compiled = accelerate(model, config, device, precision, train_loader)
@@ -924,7 +937,7 @@ def check_recipe(config: Config, named: Collection[str]) -> None:
 
 
 def check_processes(config: Config, run: dict[str, Any]) -> None:
-    """Raise UserError if torchrun's processes cannot share a batch equally, or see different runs."""
+    """Raise UserError if torchrun's processes cannot share a batch, or see different runs."""
     size = world().size
     if size == 1:
         return
@@ -1124,7 +1137,7 @@ def predict_logits(
         outputs = []
         labels = []
         for images, batch_labels in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with autocast(device, precision):
                 logits = model(images.to(device))
             outputs.append(logits.float())
             labels.append(batch_labels.to(device))
@@ -1505,7 +1518,7 @@ NETWORK = ("model", "norm", "lrn_size", "lrn_alpha", "lrn_beta", "lrn_k", "dropo
 
 def earlier_runs(config: Config) -> tuple[str, dict[int, Path]]:
     """The name of a run's folder in runs/, and those there are: number 1 is NAME, 2 is NAME-2."""
-    dataset = user_path(config.dataset).resolve().name
+    dataset = name_of(config.dataset)
     seed = "seeds" if config.seeds else f"seed{config.seed}"
     name = f"{dataset}-{config.model}-{seed}"
     pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
@@ -1679,13 +1692,19 @@ def take_network(config: Config, named: Collection[str]) -> tuple[Config, dict[s
     return config, of_network
 
 
-def note_seen_images(source: Config, config: Config, val_loader: CifarLoader | None) -> None:
+def note_seen_images(
+    trained: dict[str, Any], config: Config, data: Dataset, val_loader: CifarLoader | None
+) -> None:
     """Note if images that are held out now have trained the network that a run starts from."""
     if val_loader is None:
         return
-    held_out_fewer = source.val_size is not None and source.val_size < len(val_loader.labels)
-    has_seen = source.dataset == config.dataset and held_out_fewer
-    if has_seen or {source.dataset, config.dataset} == {"cifar10", "cifar10-mini"}:
+    before = trained["config"]
+    is_same = before.dataset == config.dataset
+    if data.files_digest:
+        is_same = is_of(trained, data)
+    held_out_fewer = before.val_size is not None and before.val_size < len(val_loader.labels)
+    is_part = {before.dataset, config.dataset} == {"cifar10", "cifar10-mini"}
+    if is_part or (is_same and held_out_fewer):
         print(
             f"note: {config.init_from} was trained on images that are held out here: their "
             "accuracy is too high, and the temperature is not calibrated"
@@ -1742,6 +1761,8 @@ def merge(config: Config, named: Collection[str], run: dict[str, Any], path: Pat
     merged = replace(old, no_test=config.no_test)
     for name in RESUMABLE.intersection(named):
         setattr(merged, name, getattr(config, name))
+    if merged.no_test and not old.no_test and merged.epochs == run["epoch"]:
+        raise UserError(f"--no-test: {path} is of a finished run with its test", 2)
     if merged.epochs < run["epoch"]:
         raise UserError(f"--epochs {merged.epochs}: {path} has {run['epoch']} epochs already", 2)
     if merged.epochs != old.epochs:
@@ -1816,6 +1837,12 @@ def read_run_data(
     return with_classes(data, saved["classes"])
 
 
+def is_of(trained: dict[str, Any], data: Dataset) -> bool:
+    """Whether a best.pt was trained on the files of this data set; test/ may be there since."""
+    digests = {data.files_digest, data.digest_without_test} - {""}
+    return trained.get("data") in digests
+
+
 def check_data(
     run: dict[str, Any], data: Dataset, loaders: Iterable[CifarLoader | None], name: str,
     folder: Path | None,
@@ -1845,7 +1872,7 @@ def check_unchanged(
         default = None if argument.default is argument.empty else argument.default
         now = state.get(name, default)
         before = state_before.get(name, default)
-        # the first four change with the epochs, `verbose` with PyTorch
+        # four change with the epochs, `verbose` with PyTorch
         may_change = name in ("lr", "momentum", "betas", "last_epoch", "params", "verbose")
         if now != before and not may_change:
             raise UserError(f"{title} has {name} {before}, and not {now}", 2)
@@ -1909,12 +1936,10 @@ def save_best(folder: Path, run: dict[str, Any], temperature: float = 1.0) -> No
 def save_run(folder: Path, run: dict[str, Any], with_best: bool) -> None:
     """Write last.pt, best.pt if it is wanted, and metrics.csv.
 
-    Raises UserError, in the first epoch, for a state that could not be loaded again.
+    Raises UserError, before it replaces last.pt, for a state that could not be loaded again.
     """
-    last = folder / "last.pt"
-    save_checkpoint(last, {**run, "config": asdict(run["config"])})
-    if run["epoch"] <= 1 and world().rank == 0:
-        check_loadable(last)
+    check_loadable(run)
+    save_checkpoint(folder / "last.pt", {**run, "config": asdict(run["config"])})
     if with_best:
         save_best(folder, run)
     save_table(folder / "metrics.csv", run["history"])
@@ -1992,15 +2017,19 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def check_loadable(last: Path) -> None:
-    """Raise UserError if an optimizer or schedule of one's own put into last.pt what cannot be read."""
+def check_loadable(run: dict[str, Any]) -> None:
+    """Raise UserError if what an edited `train` puts into last.pt could not be loaded again."""
+    settings = [run["optimizer"]["param_groups"], run["scheduler"], run["history"]]
+    buffer = io.BytesIO()
+    torch.save(settings, buffer)
+    buffer.seek(0)
     try:
-        torch.load(last, map_location="cpu", weights_only=True)
+        torch.load(buffer, weights_only=True)
     except Exception as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f", but {found[1]}" if found else ""
-        why = f"the optimizer or the schedule holds not only tensors, numbers and text{what}"
-        raise UserError(f"{last} could not be loaded again: {why}") from None
+        what = f": {found[1]}" if found else ""
+        kinds = "the optimizer, the schedule or the metrics hold more than numbers and text"
+        raise UserError(f"the run could not be resumed, {kinds}{what}") from None
 
 
 @contextlib.contextmanager
@@ -2058,7 +2087,7 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_schedule(config: Config, first: dict[str, Any]) -> None:
-    """Raise UserError if a new seed would have another schedule than the first, which went on longer."""
+    """Raise UserError if a new seed would have another schedule than the first has by now."""
     milestones = resolve_milestones(config.milestones, config.epochs)
     if (config.epochs, milestones) != (first["epochs"], first["milestones"]):
         flags = {"epochs": first["epochs"], "milestones": first["milestones"]}
@@ -2265,10 +2294,11 @@ def evaluate_checkpoint(config: Config, passed: dict[str, Any]) -> int:
         again.data_dir = config.data_dir
     data = read_run_data(again, passed, classifier.trained, path)
     beside = path.parent
-    digests = (data.files_digest, data.digest_without_test)
-    same_files = classifier.trained.get("data", "") in filter(None, digests)
-    if again.dataset != as_trained.dataset and not same_files:
-        beside = beside / user_path(again.dataset).resolve().name  # keeps the run's own plots
+    if not is_of(classifier.trained, data):
+        if again.dataset != as_trained.dataset:
+            beside = beside / name_of(again.dataset)  # keeps the run's own plots
+        elif data.files_digest and "data" in classifier.trained:
+            print("note: other pictures than the run had: some of the test may have trained it")
     folder = user_path(passed.get("output_dir", beside))
     folder.mkdir(parents=True, exist_ok=True)
     tune_glibc_malloc()
@@ -2332,7 +2362,7 @@ def run_title(config: Config) -> str:
     usual.milestones = resolve_milestones(usual.milestones, config.epochs)
     names = [option.name for option in fields(Config)]
     hyperparameters = names[names.index("inputs") : names.index("seed")]
-    parts = [plot_label(Path(config.dataset).name), config.model, f"seed {config.seed}"]
+    parts = [plot_label(name_of(config.dataset)), config.model, f"seed {config.seed}"]
     for name in hyperparameters:
         value = getattr(config, name)
         if value != getattr(usual, name):
@@ -3003,7 +3033,7 @@ def speed_up_lrn(
             raise RuntimeError("TORCH_COMPILE_DISABLE is set, or this GPU has no bf16")
         trial = copy.deepcopy(model).eval()
         replace_lrn(trial, compiled=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             logits = trial(images)
         logits.float().sum().backward()  # outside, as training does it
     except Exception as error:
@@ -3252,7 +3282,9 @@ def read_picture(source: Any, white: dict[str, float] | None = None) -> Tensor:
 
     with open_picture(source) as picture:
         picture.draft(None, (128, 128))  # decodes a large JPEG at a fraction of its size
-        picture = ImageOps.exif_transpose(picture)
+        picture.load()  # broken pixels are an error
+        with contextlib.suppress(Exception):  # broken metadata tells no orientation
+            picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):
             picture = to_8_bits(picture, (white or {}).get(picture.mode[0]))
         has_alpha = "A" in picture.mode.upper() and picture.mode != "LAB"
@@ -3355,7 +3387,12 @@ def natural_order(name: str) -> tuple[list[Any], str]:
 
 def folders_in(folder: Path) -> list[Path]:
     """The folders in a folder, in order; a link to a disk that is not there counts as one."""
-    return [entry for entry in sorted(folder.iterdir()) if entry.is_dir() or not entry.exists()]
+    found = []
+    for entry in sorted(folder.iterdir()):
+        is_folder = entry.is_dir() or not entry.exists()
+        if is_folder and not HIDDEN.match(entry.name):
+            found.append(entry)
+    return found
 
 
 def find_class_folders(folder: Path) -> dict[Path, str]:
@@ -3370,7 +3407,7 @@ def find_class_folders(folder: Path) -> dict[Path, str]:
         raise UserError(f"{folder} holds {strays} pictures, but no folder of a class")
     classes = set(class_of.values())
     for entry in folders_in(folder):
-        if entry.name not in classes and not HIDDEN.match(entry.name):
+        if entry.name not in classes:
             raise UserError(f"{entry} holds no pictures")
     if strays:
         print(f"note: {strays} pictures in {folder} are in no folder of a class")

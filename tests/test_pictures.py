@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, call, one_line_error
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 FLAGS = ("--epochs", 1, "--batch-size", 4, "--compile", "off", "--device", "cpu")
 
@@ -275,6 +276,7 @@ def test_a_test_that_is_there_later_tests_the_run_and_other_training_pictures_do
     (data / "test").rename(tmp_path / "test")
     (data / "test").mkdir()  # as contests have it: pictures without classes
     shutil.copy(tmp_path / "test/a/00.png", data / "test")
+    (data / "test" / ".ipynb_checkpoints").mkdir()
     train(data, "--no-test", "--output-dir", "run", cwd=tmp_path)
     shutil.rmtree(data / "test")
     (tmp_path / "test").rename(data / "test")
@@ -308,6 +310,15 @@ def test_a_data_set_that_is_not_where_the_run_had_it_is_said_to_be_the_files(tmp
         assert use.split()[1] in message and "--dataset v" in message
         found = call(*use.split(), "--dataset", "../v", cwd=tmp_path / "elsewhere")
         assert found.code == 0, found.err
+
+
+def test_other_pictures_in_the_same_folder_are_a_note_of_evaluate(tmp_path):
+    data = make_set(tmp_path / "set", "a", "b")
+    train(data, "--output-dir", "run", cwd=tmp_path)
+    evaluate = ["--checkpoint", "run/best.pt", "--evaluate"]
+    assert "other pictures" not in call(*evaluate, cwd=tmp_path).out
+    (data / "train/a/00.png").rename(data / "test/a/99.png")
+    assert "note: other pictures than the run had" in call(*evaluate, cwd=tmp_path).out
 
 
 def test_other_data_is_evaluated_into_a_folder_of_its_own(ck, tmp_path, monkeypatch):
@@ -367,6 +378,18 @@ def test_colors_of_16_bits_are_a_note(ck, tmp_path):
     assert ck.read_picture(path).max() == 15
     (note,) = notes(train(data, cwd=tmp_path))
     assert "1 pictures have 16 bits for each color" in note
+
+
+def test_a_picture_with_broken_metadata_is_read_and_with_broken_pixels_is_not(ck, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    path = tmp_path / "one.png"
+    metadata = PngInfo()
+    metadata.add_text("exif", "b'Exif")  # as some programs write it
+    Image.fromarray(pixels).save(path, pnginfo=metadata)
+    assert torch.equal(ck.read_picture(path), torch.from_numpy(pixels).permute(2, 0, 1))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(OSError, match=r"truncated|broken"):
+        ck.read_picture(path)
 
 
 def test_a_link_to_nothing_is_a_broken_picture(tmp_path):

@@ -469,6 +469,13 @@ def test_no_average_is_taken_over_runs_of_changed_settings_or_data(small, tmp_pa
     assert (tmp_path / "run" / "seeds.json").read_bytes() == before
 
 
+def test_a_tested_run_is_not_made_one_without_test(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    before = files(tmp_path / "run")
+    message = one_line_error(call("--resume", "run", "--no-test", cwd=tmp_path), 2)
+    assert "--no-test" in message and files(tmp_path / "run") == before
+
+
 def test_a_run_without_test_is_tested_afterwards(flags, whole, tmp_path):
     command = [*flags, "--output-dir", "run"]
     finish(*command, "--no-test", cwd=tmp_path)

@@ -148,6 +148,13 @@ def test_a_notebook_keeps_its_backend_for_plots_of_its_own(tmp_path):
     assert subprocess.check_output(command, cwd=tmp_path, env=environment) == b"svg\n"
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "auto"])
+def test_another_name_of_a_precision_is_no_fp32(precision, ck):
+    loader, _, _ = ck.get_cifar_data_loaders(dataset_name="cifar10-mini")
+    with pytest.raises(ValueError, match=f"fp32 or bf16, not {precision}"):
+        ck.evaluate_model(ck.KrizhevskyNet(), loader, precision=precision)
+
+
 def test_main_leaves_the_process_as_it_was(ck, small, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -261,6 +268,7 @@ def test_images_that_trained_the_first_network_and_are_held_out_now_are_a_note(s
     for size in (0, 20):
         for size_now in (0, 20, 30):
             command = [*flags, "--init-from", f"held-out-{size}/best.pt", "--val-size", size_now]
+            command += ["--dataset", small / ".." / small.name]  # the same, written otherwise
             result = call(*command, cwd=tmp_path)
             assert result.code == 0, result.err
             noted[size, size_now] = "was trained on images that are held out here" in result.out
@@ -426,17 +434,26 @@ def test_a_cosine_instead_of_milestones_is_resumed_to_the_same_bits(
     assert rates == pytest.approx([0.01, 0.00853553, 0.005, 0.00146447], rel=1e-4)
 
 
-def test_a_schedule_whose_state_could_not_be_loaded_again_is_refused_before_the_first_epoch(
+def test_a_schedule_whose_state_could_not_be_loaded_again_ends_the_run_at_once(
     small, tmp_path, monkeypatch
 ):
-    def by_numpy(optimizer, milestones, gamma):
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.cos(0.1 * epoch))
+    def schedule(factor):
+        def make(optimizer, milestones, gamma):
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-    monkeypatch.setattr(torch.optim.lr_scheduler, "MultiStepLR", by_numpy)
-    result = call(*quick_flags(small), "--output-dir", "run", cwd=tmp_path)
+        monkeypatch.setattr(torch.optim.lr_scheduler, "MultiStepLR", make)
+
+    flags = [*quick_flags(small), "--output-dir", "run"]
+    schedule(lambda epoch: np.float64(0.5))
+    result = call(*flags, cwd=tmp_path)
     message = one_line_error(result, 1)
-    assert "last.pt could not be loaded again" in message and "numpy" in message
-    assert "train loss" not in result.out
+    assert "could not be resumed" in message and "numpy" in message
+    assert "train loss" not in result.out and not list((tmp_path / "run").iterdir())
+    schedule(lambda epoch: 0.5 if epoch < 2 else np.float64(0.5))
+    assert "could not be resumed" in one_line_error(call(*flags, cwd=tmp_path), 1)
+    schedule(lambda epoch: 0.5)
+    result = call(*flags, "--resume", cwd=tmp_path)
+    assert result.code == 0 and "resuming after epoch 1" in result.out
 
 
 def test_a_schedule_that_moves_the_momentum_too_is_resumed(ck, small, tmp_path, monkeypatch):
