@@ -800,10 +800,8 @@ def train(config: Config, named: Collection[str] = (), command: str = "") -> dic
     )  # fmt: skip
     train_loader, val_loader, _ = loaders
     if "initial" in run:
-        initial = run.pop("initial")
-        copy_weights(initial, model, data.classes, config.init_from)
-        note_seen_images(initial, config, data, val_loader)
-        del initial
+        note_seen_images(run["initial"], config, data, val_loader)
+        copy_weights(run.pop("initial"), model, data.classes, config.init_from)
     tune_glibc_malloc()
     model = model.to(device, memory_format=memory_format(device))
     model, train_model, compiled = accelerate(model, config, device, precision, train_loader)
@@ -1692,25 +1690,6 @@ def take_network(config: Config, named: Collection[str]) -> tuple[Config, dict[s
     return config, of_network
 
 
-def note_seen_images(
-    trained: dict[str, Any], config: Config, data: Dataset, val_loader: CifarLoader | None
-) -> None:
-    """Note if images that are held out now have trained the network that a run starts from."""
-    if val_loader is None:
-        return
-    before = trained["config"]
-    is_same = before.dataset == config.dataset
-    if data.files_digest:
-        is_same = is_of(trained, data)
-    held_out_fewer = before.val_size is not None and before.val_size < len(val_loader.labels)
-    is_part = {before.dataset, config.dataset} == {"cifar10", "cifar10-mini"}
-    if is_part or (is_same and held_out_fewer):
-        print(
-            f"note: {config.init_from} was trained on images that are held out here: their "
-            "accuracy is too high, and the temperature is not calibrated"
-        )
-
-
 def make_folder(folder: Path | None, config: Config, is_new: bool) -> Path:
     """Make the folder of a run; a new one is the next that is free now."""
     if world().rank > 0:
@@ -1843,6 +1822,25 @@ def is_of(trained: dict[str, Any], data: Dataset) -> bool:
     return trained.get("data") in digests
 
 
+def note_seen_images(
+    trained: dict[str, Any], config: Config, data: Dataset, val_loader: CifarLoader | None
+) -> None:
+    """Note if images that are held out now have trained the network that a run starts from."""
+    if val_loader is None:
+        return
+    before = trained["config"]
+    is_same = before.dataset == config.dataset
+    if data.files_digest:
+        is_same = is_of(trained, data)
+    held_out_fewer = before.val_size is not None and before.val_size < len(val_loader.labels)
+    is_part = {before.dataset, config.dataset} == {"cifar10", "cifar10-mini"}
+    if is_part or (is_same and held_out_fewer):
+        print(
+            f"note: {config.init_from} was trained on images that are held out here: their "
+            "accuracy is too high, and the temperature is not calibrated"
+        )
+
+
 def check_data(
     run: dict[str, Any], data: Dataset, loaders: Iterable[CifarLoader | None], name: str,
     folder: Path | None,
@@ -1933,6 +1931,21 @@ def save_best(folder: Path, run: dict[str, Any], temperature: float = 1.0) -> No
     save_checkpoint(folder / "best.pt", best)
 
 
+def check_loadable(run: dict[str, Any]) -> None:
+    """Raise UserError if what an edited `train` puts into last.pt could not be loaded again."""
+    settings = [run["optimizer"]["param_groups"], run["scheduler"], run["history"]]
+    buffer = io.BytesIO()
+    torch.save(settings, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f": {found[1]}" if found else ""
+        kinds = "the optimizer, the schedule or the metrics hold more than numbers and text"
+        raise UserError(f"the run could not be resumed, {kinds}{what}") from None
+
+
 def save_run(folder: Path, run: dict[str, Any], with_best: bool) -> None:
     """Write last.pt, best.pt if it is wanted, and metrics.csv.
 
@@ -2015,21 +2028,6 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write_atomically(path, buffer.getvalue())
-
-
-def check_loadable(run: dict[str, Any]) -> None:
-    """Raise UserError if what an edited `train` puts into last.pt could not be loaded again."""
-    settings = [run["optimizer"]["param_groups"], run["scheduler"], run["history"]]
-    buffer = io.BytesIO()
-    torch.save(settings, buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer, weights_only=True)
-    except Exception as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f": {found[1]}" if found else ""
-        kinds = "the optimizer, the schedule or the metrics hold more than numbers and text"
-        raise UserError(f"the run could not be resumed, {kinds}{what}") from None
 
 
 @contextlib.contextmanager
